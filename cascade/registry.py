@@ -1,0 +1,83 @@
+"""Builds a part that a config section names.
+
+A registry is a plain dict from names to factories, kept beside the factories. A section is a
+config dict whose `name` picks the factory and whose other keys are exactly its keyword
+parameters, so the factory's signature is the section's schema and nothing is written twice.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from cascade.errors import UserError
+
+
+def build(kind: str, registry: Mapping[str, Callable], section: Mapping[str, Any], **extra: Any):
+    """Calls the factory that `section["name"]` names with the section's other keys.
+
+    Args:
+      kind: what is being built, for the error message: "sampler", "schedule".
+      registry: name -> factory.
+      section: `{"name": ..., **keywords}`.
+      **extra: keywords that the program, not the config, supplies.
+
+    Raises:
+      UserError: the name is unknown, a key is foreign or missing, or a value has the wrong type.
+    """
+    factory = check(kind, registry, section, supplied=tuple(extra))
+    return factory(**{k: v for k, v in section.items() if k != "name"}, **extra)
+
+
+def check(kind: str, registry: Mapping[str, Callable], section: Mapping[str, Any], supplied=()):
+    """Checks a section against its factory's signature and returns the factory.
+
+    Args:
+      supplied: names of parameters that the program will supply, so the section must not.
+
+    Raises:
+      UserError: as `build`.
+    """
+    if "name" not in section:
+        raise UserError(f"The {kind} section has no `name`; choose one of {_listed(registry)}.")
+    name = section["name"]
+    if name not in registry:
+        raise UserError(f"Unknown {kind} {name!r}{_meant(name, registry)}; {_listed(registry)}.")
+    factory = registry[name]
+    parameters = {
+        k: p for k, p in inspect.signature(factory).parameters.items() if k not in supplied
+    }
+    # Linen modules have two fields that belong to Flax, not to the config.
+    for flax_field in ("parent", "name"):
+        parameters.pop(flax_field, None)
+    where = f"the {kind} section {name!r}"
+    for key in section:
+        if key != "name" and key not in parameters:
+            hint = _meant(key, parameters)
+            raise UserError(
+                f"Unknown key {key!r} in {where}{hint}; it takes {_listed(parameters)}."
+            )
+    for key, parameter in parameters.items():
+        if key not in section:
+            raise UserError(f"Missing key {key!r} in {where}; state it, a config hides no default.")
+        _check_type(where, key, section[key], parameter.annotation)
+    return factory
+
+
+def _check_type(where: str, key: str, value: Any, expected: Any):
+    """Compares a value with a parameter's annotation where that is a plain class."""
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return
+    wrong_bool = isinstance(value, bool) and expected in (int, float)
+    if isinstance(expected, type) and (wrong_bool or not isinstance(value, expected)):
+        got = type(value).__name__
+        raise UserError(f"Key {key!r} in {where} is {value!r} ({got}); give {expected.__name__}.")
+
+
+def _listed(names) -> str:
+    return "choose from " + ", ".join(sorted(names)) if names else "no keys"
+
+
+def _meant(name: Any, names) -> str:
+    close = get_close_matches(str(name), list(names), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
