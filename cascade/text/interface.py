@@ -1,0 +1,150 @@
+"""What a frozen text encoder is: tokenize, embed, encode, and a condition that means no text."""
+
+import abc
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from cascade.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ROWS = 16  # prompts embedded at once; fixed, so that only lengths make new shapes to compile
+SHORTEST = 8  # the smallest length that batches are padded to; larger ones double
+
+
+class Tokens(NamedTuple):
+    """A batch of tokenized prompts.
+
+    Fields:
+      ids: [B, L] int32, padded at the right to the encoder's `max_length`.
+      mask: [B, L] bool, True at tokens.
+      truncated: [B] bool, True where the end of the prompt did not fit.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    truncated: np.ndarray
+
+
+class TextEncoder(abc.ABC):
+    """A frozen language model: prompts in, one state per token out.
+
+    An encoder is cheap to make and to pickle: weights are loaded when something is embedded.
+
+    Attributes:
+      name: its key in `ENCODERS`.
+      width: D, the size of a state.
+      max_length: L, tokens read of a prompt.
+    """
+
+    name: str
+    width: int
+    max_length: int
+
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 of all that decides an embedding: weights, tokenizer, settings."""
+
+    @abc.abstractmethod
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        """Token ids and mask, [B, L] each.
+
+        Raises:
+          UserError: a prompt is not a string, or holds lone surrogates.
+        """
+
+    @abc.abstractmethod
+    def embed(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        """States [B, l, D] float32 of tokens [B, l], any l ≤ L; zero where the mask is False."""
+
+    @abc.abstractmethod
+    def save_tokenizer(self, folder: Path) -> list[str]:
+        """Writes the tokenizer's files into an existing folder and returns their names."""
+
+    @abc.abstractmethod
+    def null(self) -> tuple[np.ndarray, np.ndarray]:
+        """The condition that stands for no text: (emb [L, D] float32, mask [L] bool)."""
+
+    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Embeds prompts and says, by a logged warning, which were cut or empty.
+
+        A prompt's states don't depend on the prompts beside it.
+
+        Returns:
+          text_emb [B, L, D] float32, zero at padding, and text_mask [B, L] bool.
+
+        Raises:
+          UserError: as `tokenize`.
+        """
+        tokens = self.tokenize(prompts)
+        for i, prompt in enumerate(prompts):
+            if tokens.truncated[i]:
+                log.warning(
+                    "The prompt %s is longer than the %d tokens that %s reads; its end is left out.",
+                    shortened(prompt),
+                    self.max_length,
+                    self.name,
+                )
+            elif not tokens.mask[i].any():
+                log.warning(
+                    "The prompt %s holds no text; it is unconditional.",
+                    shortened(prompt),
+                )
+        text_emb = np.zeros((*tokens.ids.shape, self.width), np.float32)
+        for rows, states in self.embed_in_batches(tokens):
+            text_emb[rows, : states.shape[1]] = states
+        return text_emb, tokens.mask
+
+    def embed_in_batches(self, tokens: Tokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Embeds many prompts, those of like length together, in few distinct shapes.
+
+        Every batch is `ROWS` prompts padded to a length of 8, 16, 32, … or L, which depends on a
+        prompt alone: a handful of shapes to compile, and one result per prompt, whatever its mates.
+
+        Yields:
+          (rows [n] int, states [n, l, D] float32): which prompts, and their states.
+        """
+        lengths = padded_lengths(tokens.mask.sum(axis=1), self.max_length)
+        for length in np.unique(lengths):
+            alike = np.flatnonzero(lengths == length)
+            for start in range(0, len(alike), ROWS):
+                rows = alike[start : start + ROWS]
+                fill = ((0, ROWS - len(rows)), (0, 0))
+                ids = np.pad(tokens.ids[rows, :length], fill)
+                mask = np.pad(tokens.mask[rows, :length], fill)
+                yield rows, np.asarray(self.embed(ids, mask))[: len(rows)]
+
+
+def padded_lengths(counts: np.ndarray, max_length: int) -> np.ndarray:
+    """The length each prompt is padded to: `SHORTEST` · 2ⁿ, the least that fits, at most L."""
+    doublings = np.ceil(np.log2(np.maximum(counts, SHORTEST) / SHORTEST))
+    return np.minimum(SHORTEST * 2**doublings, max_length).astype(np.int64)
+
+
+def checked_text(prompt: str) -> str:
+    """Returns the prompt if every tokenizer can read it.
+
+    Raises:
+      UserError: it is not a string, or holds lone surrogates, which no UTF-8 text can.
+    """
+    if not isinstance(prompt, str):
+        raise UserError(f"A prompt is {prompt!r} ({type(prompt).__name__}); give a string.")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The prompt {shortened(prompt)} holds a lone surrogate (half a character) at position"
+            f" {error.start}; give valid Unicode text."
+        ) from None
+    return prompt
+
+
+def shortened(text: str, limit: int = 60) -> str:
+    """The text quoted for a message: printable, and at most `limit` characters of it."""
+    return repr(text) if len(text) <= limit else repr(text[:limit]) + "…"
