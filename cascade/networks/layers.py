@@ -1,0 +1,194 @@
+"""The U-Net's pieces that convolve: norms, resampling, embeddings, residual blocks.
+
+Pictures are [B, H, W, C]. Parameters are float32; `Style.dtype` is what activations are kept in.
+Norms, their statistics and the embedding of logsnr are float32 whatever it says.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+ACTIVATIONS: dict[str, Callable] = {"silu": nn.silu, "gelu": nn.gelu}
+
+
+class Style(NamedTuple):
+    """What all layers of one network share.
+
+    Attributes:
+      norm_groups: groups of every group norm; divides every level's channels.
+      activation: a key of `ACTIVATIONS`.
+      dropout: rate inside residual blocks.
+      head_channels: channels of an attention head; divides the channels of levels that attend.
+      attention_implementation: "auto", or as `jax.nn.dot_product_attention`: "xla", "cudnn".
+      skip_scale: factor on a skip connection before it is concatenated.
+      dtype: of activations.
+      deterministic: no dropout.
+    """
+
+    norm_groups: int
+    activation: str
+    dropout: float
+    head_channels: int
+    attention_implementation: str
+    skip_scale: float
+    dtype: jnp.dtype
+    deterministic: bool
+
+    def act(self, x: jax.Array) -> jax.Array:
+        """Applies the activation."""
+        return ACTIVATIONS[self.activation](x)
+
+
+def conv3x3(features: int, dtype, name: str, stride: int = 1, zero: bool = False) -> nn.Conv:
+    """A 3×3 convolution whose output is `stride` times smaller; `zero` starts it at zero."""
+    init = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
+    return nn.Conv(
+        features, (3, 3), (stride, stride), padding=1, kernel_init=init, dtype=dtype, name=name
+    )
+
+
+def shrink(x: jax.Array, stride: int) -> jax.Array:
+    """Averages squares of `stride`² pixels: [B, H, W, C] -> [B, H/stride, W/stride, C]."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // stride, stride, w // stride, stride, c).mean((2, 4))
+
+
+def enlarge(x: jax.Array, stride: int) -> jax.Array:
+    """Repeats each pixel `stride`² times: [B, H, W, C] -> [B, H·stride, W·stride, C]."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, stride, w, stride, c))
+    return x.reshape(b, h * stride, w * stride, c)
+
+
+def pixel_shuffle(x: jax.Array, stride: int) -> jax.Array:
+    """Turns channels into pixels: [B, H, W, stride²·C] -> [B, H·stride, W·stride, C]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, stride, stride, c // stride**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * stride, w * stride, -1)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018), with an optional scale and shift an example.
+
+    `y = ((x − mean) / sqrt(var + 1e-5) · gamma + beta) · (1 + scale) + shift`, folded into one
+    multiply and one add an element, so that the picture is read twice and written once.
+    """
+
+    groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, modulation: tuple[jax.Array, jax.Array] | None = None):
+        """Normalises x [B, H, W, C]; `modulation` is (scale, shift), each [B, C]."""
+        b, _, _, c = x.shape
+        gamma = self.param("scale", nn.initializers.ones, (c,))
+        beta = self.param("bias", nn.initializers.zeros, (c,))
+        wide = x.astype(jnp.float32)
+        moments = jnp.stack([wide.mean((1, 2)), jnp.square(wide).mean((1, 2))])
+        moments = moments.reshape(2, b, self.groups, -1).mean(-1, keepdims=True)
+        mean, square = jnp.broadcast_to(moments, (2, b, self.groups, c // self.groups))
+        rstd = jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + 1e-5).reshape(b, c)
+        factor = rstd * gamma
+        offset = beta - mean.reshape(b, c) * factor
+        if modulation is not None:
+            scale, shift = (m.astype(jnp.float32) for m in modulation)
+            factor, offset = factor * (1 + scale), offset * (1 + scale) + shift
+        y = wide * factor[:, None, None] + offset[:, None, None]
+        return y.astype(self.dtype)
+
+
+class LogsnrEmbedding(nn.Module):
+    """Embeds logsnr [B] -> [B, channels]: sinusoids, then a two-layer perceptron, in float32.
+
+    The angles are `logsnr · f` with f geometric from 2π/80 (half a turn over [-20, 20], so no two
+    values look alike) to 2π (a turn a unit, about forty steps of a thousand-step schedule).
+    """
+
+    features: int
+    channels: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, logsnr: jax.Array) -> jax.Array:
+        periods = jnp.geomspace(80.0, 1.0, self.features // 2, dtype=jnp.float32)
+        angles = logsnr.astype(jnp.float32)[:, None] * (2 * math.pi / periods)
+        x = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+        x = nn.Dense(self.channels, name="dense_in")(x)
+        return nn.Dense(self.channels, name="dense_out")(ACTIVATIONS[self.activation](x))
+
+
+class ResidualBlock(nn.Module):
+    """BigGAN's residual block with scale-shift norm (Brock et al. 2019; Dhariwal & Nichol 2021).
+
+    `x + conv(dropout(act(norm(h) · (1 + scale) + shift)))` with `h = conv(act(norm(x)))` and scale,
+    shift a linear function of the embedding. `resize` acts before h's convolution and on x. The
+    last convolution starts at zero, so a new block passes on its input.
+    """
+
+    channels: int
+    style: Style
+    resize: Callable[[jax.Array], jax.Array] = lambda x: x
+
+    @nn.compact
+    def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
+        """Maps x [B, H, W, C] and the activated embedding emb [B, E] to [B, H', W', channels]."""
+        style = self.style
+        h = style.act(GroupNorm(style.norm_groups, style.dtype, name="norm_in")(x))
+        h = conv3x3(self.channels, style.dtype, "conv_in")(self.resize(h))
+        modulation = nn.Dense(2 * self.channels, dtype=style.dtype, name="modulation")(emb)
+        norm_out = GroupNorm(style.norm_groups, style.dtype, name="norm_out")
+        h = style.act(norm_out(h, tuple(jnp.split(modulation, 2, -1))))
+        h = nn.Dropout(style.dropout, deterministic=style.deterministic)(h)
+        h = conv3x3(self.channels, style.dtype, "conv_out", zero=True)(h)
+        x = self.resize(x)
+        if x.shape[-1] != self.channels:
+            x = nn.Dense(self.channels, dtype=style.dtype, name="shortcut")(x)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """Makes a picture `stride` times smaller on the way down.
+
+    `kind` "block" is a residual block that averages pixels and keeps the channels (BigGAN); else
+    a strided convolution to `channels` (Efficient U-Net).
+    """
+
+    channels: int
+    stride: int
+    kind: str
+    style: Style
+
+    @nn.compact
+    def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
+        if self.kind == "block":
+            block = ResidualBlock(x.shape[-1], self.style, lambda y: shrink(y, self.stride))
+            return block(x, emb)
+        return conv3x3(self.channels, self.style.dtype, "conv", self.stride)(x)
+
+
+class Upsample(nn.Module):
+    """Makes a picture `stride` times larger on the way up, never by transposed convolution.
+
+    `kind` "block" is a residual block that repeats pixels and keeps the channels (BigGAN);
+    "nearest" repeats pixels and convolves to `channels`; "shuffle" convolves to `stride²·channels`
+    and turns channels into pixels (Shi et al. 2016), at a quarter of nearest's work an input.
+    """
+
+    channels: int
+    stride: int
+    kind: str
+    style: Style
+
+    @nn.compact
+    def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
+        if self.kind == "block":
+            block = ResidualBlock(x.shape[-1], self.style, lambda y: enlarge(y, self.stride))
+            return block(x, emb)
+        if self.kind == "nearest":
+            return conv3x3(self.channels, self.style.dtype, "conv")(enlarge(x, self.stride))
+        features = self.stride**2 * self.channels
+        return pixel_shuffle(conv3x3(features, self.style.dtype, "conv")(x), self.stride)

@@ -1,0 +1,343 @@
+"""One U-Net that spells Imagen's base network and the Efficient U-Net of its super-resolution.
+
+Parameter paths, which sharding rules and importers rely on (i counts levels from the finest):
+
+    conv_in   logsnr_embedding  aug_embedding  text_in  text_pool   norm_out  conv_out
+    down_<i>/resample           from level i − 1, where strides[i] > 1
+    down_<i>/block_<j>/{residual,attention}
+    middle/block_<j>/{residual,attention}
+    up_<i>/block_<j>/{residual,attention}
+    up_<i>/resample             towards level i − 1, where strides[i] > 1
+
+With `scan_blocks`, equal neighbours block_<j> … block_<k> are one `blocks_<j>_<k>`, each parameter
+stacked along a new first axis.
+"""
+
+import math
+from itertools import groupby
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cascade.errors import UserError
+from cascade.networks.attention import Attention, TextPool
+from cascade.networks.layers import (
+    ACTIVATIONS,
+    Downsample,
+    GroupNorm,
+    LogsnrEmbedding,
+    ResidualBlock,
+    Style,
+    Upsample,
+    conv3x3,
+)
+
+RESAMPLINGS = ("block", "nearest", "shuffle")
+DTYPES = ("float32", "bfloat16")
+
+
+class Block(nn.Module):
+    """A residual block and, where asked, attention after it."""
+
+    channels: int
+    self_attention: bool
+    text_attention: bool
+    style: Style
+
+    @nn.compact
+    def __call__(self, x, skip, emb, text) -> jax.Array:
+        """Maps x [B, H, W, C], joined by `skip` unless that is None, to [B, H, W, channels]."""
+        if skip is not None:
+            x = jnp.concatenate([x, skip * self.style.skip_scale], -1)
+        x = ResidualBlock(self.channels, self.style, name="residual")(x, emb)
+        if self.self_attention or self.text_attention:
+            attention = Attention(
+                self.self_attention, self.text_attention, self.style, name="attention"
+            )
+            x = attention(x, text)
+        return x
+
+
+class Level(nn.Module):
+    """A level's blocks, with its resampling before them (way down) or after them (way up).
+
+    Attributes:
+      channels: of every block.
+      attention: for each block, (over pixels, over text).
+      up: the way: up takes a skip a block and resamples last, down resamples first.
+      stride: between this level and the next finer one; 1 resamples nothing.
+      outer_channels: of the next finer level.
+      resampling, remat, scan_blocks: as `UNet`'s.
+    """
+
+    channels: int
+    attention: tuple[tuple[bool, bool], ...]
+    up: bool
+    stride: int
+    outer_channels: int
+    resampling: str
+    remat: bool
+    scan_blocks: bool
+    style: Style
+
+    @nn.compact
+    def __call__(self, x, skips, emb, text) -> tuple[jax.Array, list[jax.Array]]:
+        """Returns the level's result and, for the way up to take, [entry, block 0, …]."""
+        if not self.up and self.stride > 1:
+            down = Downsample(
+                self.channels, self.stride, self.resampling, self.style, name="resample"
+            )
+            x = down(x, emb)
+        outputs = [x]
+        for run in self._runs(x, skips):
+            x, made = self._run(run, x, skips[run.start : run.stop], emb, text)
+            outputs += made
+        if self.up and self.stride > 1:
+            up = Upsample(
+                self.outer_channels, self.stride, self.resampling, self.style, name="resample"
+            )
+            x = up(x, emb)
+        return x, outputs
+
+    def _runs(self, x, skips) -> list[range]:
+        """Splits the blocks into runs of equals, which one scan can do; else into single ones."""
+        count = len(self.attention)
+        if not self.scan_blocks:
+            return [range(j, j + 1) for j in range(count)]
+
+        def shape(j: int):
+            skip = skips[j].shape[-1] if skips else 0
+            return x.shape[-1] if j == 0 else self.channels, skip, self.attention[j]
+
+        runs = [list(run) for _, run in groupby(range(count), shape)]
+        return [range(run[0], run[-1] + 1) for run in runs]
+
+    def _run(self, run: range, x, skips, emb, text) -> tuple[jax.Array, list[jax.Array]]:
+        """Applies the blocks of one run; returns the last result and all results."""
+        block_class = nn.remat(Block) if self.remat else Block
+        single = len(run) == 1
+        name = f"block_{run[0]}" if single else f"blocks_{run[0]}_{run[-1]}"
+        block = block_class(self.channels, *self.attention[run[0]], self.style, name=name)
+        if single:
+            x = block(x, skips[0] if skips else None, emb, text)
+            return x, [x]
+
+        def body(block, x, skip):
+            x = block(x, skip, emb, text)
+            return x, x
+
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=len(run),
+        )
+        x, stacked = scan(block, x, jnp.stack(skips) if skips else None)
+        return x, list(stacked)
+
+
+class UNet(nn.Module):
+    """Predicts from a noisy picture, its logsnr and its conditions (Saharia et al. 2022).
+
+    Imagen's base: `strides=(1, 2, 2, 2)`, `resampling="block"`, `entry_skips`, `middle`,
+    `attention_per_block`. The Efficient U-Net: `strides=(2, 2, 2, 2)`, `resampling="shuffle"` or
+    "nearest", `skip_scale=2**-0.5`, and none of these three. Tuples have one item a level, the
+    finest first.
+
+    Attributes:
+      out_channels: of the output; twice the picture's where variance is learned.
+      super_resolution: takes `lowres` and `aug_logsnr` as conditions.
+      channels: width that `channel_mults` multiply.
+      channel_mults: width of each level in units of `channels`.
+      num_blocks: residual blocks of each level, on the way down and again on the way up.
+      strides: how many times smaller each level is than the one before; the first, than z_t.
+      resampling: "block" (BigGAN's up and down blocks), or strided convolution down and "nearest"
+        (repeat and convolve) or "shuffle" (convolve to more channels, turned into pixels) up.
+      entry_skips: one more block a level on the way up, for the skip from what entered the level.
+      skip_scale: factor on each skip connection.
+      middle: block, attention as the last level's, block, between the ways down and up.
+      self_attention: levels whose pixels attend to each other.
+      text_attention: levels whose pixels attend to text; with self-attention, in one softmax.
+      attention_per_block: attention after each block of its level, or only after the last.
+      head_channels: channels of an attention head.
+      attention_implementation: "auto", "xla" or "cudnn", for `jax.nn.dot_product_attention`.
+      text_channels: width text is first projected to; 0 takes it as it comes.
+      pool_heads: heads of the attention that pools text for the embedding; 0 pools none.
+      norm_groups: groups of every group norm.
+      activation: "silu" or "gelu".
+      dropout: rate inside residual blocks; its rng is named "dropout".
+      dtype: of activations, "float32" or "bfloat16"; parameters and output are float32.
+      remat: recompute each block in the backward pass instead of storing its insides.
+      scan_blocks: one `lax.scan` over equal blocks: quicker to compile, one stacked parameter set.
+        On a CPU its kernel gradients are many times slower; leave it off there.
+    """
+
+    out_channels: int
+    super_resolution: bool
+    channels: int
+    channel_mults: tuple[int, ...]
+    num_blocks: tuple[int, ...]
+    strides: tuple[int, ...]
+    resampling: str
+    entry_skips: bool
+    skip_scale: float
+    middle: bool
+    self_attention: tuple[bool, ...]
+    text_attention: tuple[bool, ...]
+    attention_per_block: bool
+    head_channels: int
+    attention_implementation: str
+    text_channels: int
+    pool_heads: int
+    norm_groups: int
+    activation: str
+    dropout: float
+    dtype: str
+    remat: bool
+    scan_blocks: bool
+
+    @property
+    def divisor(self) -> int:
+        """What a picture's height and width must be multiples of."""
+        return math.prod(self.strides)
+
+    @nn.compact
+    def __call__(self, z_t, logsnr, cond, deterministic: bool = True) -> jax.Array:
+        """Maps z_t [B, H, W, C] at logsnr [B] to [B, H, W, out_channels], float32.
+
+        Args:
+          cond: text_emb [B, L, D], text_mask [B, L] bool, and for super-resolution lowres
+            [B, h, w, 3] in [-1, 1] and aug_logsnr [B].
+          deterministic: no dropout.
+
+        Raises:
+          UserError: fields contradict each other, a size isn't a multiple of `divisor`, or a
+            condition is missing.
+        """
+        self._check(z_t, cond)
+        style = Style(
+            self.norm_groups,
+            self.activation,
+            self.dropout,
+            self.head_channels,
+            self.attention_implementation,
+            self.skip_scale,
+            jnp.dtype(self.dtype),
+            deterministic,
+        )
+        text = self._text(cond)
+        emb = self._embedding(logsnr, cond, text)
+        x = z_t
+        if self.super_resolution:
+            shape = (*z_t.shape[:3], cond["lowres"].shape[-1])
+            x = jnp.concatenate([x, jax.image.resize(cond["lowres"], shape, "bilinear")], -1)
+        x = conv3x3(self.channels * self.channel_mults[0], style.dtype, "conv_in")(x)
+        skips = []
+        for i in range(len(self.strides)):
+            x, made = self._level(i, style, up=False)(x, (), emb, text)
+            skips.append(made if self.entry_skips else made[1:])
+        if self.middle:
+            x, _ = self._middle(style)(x, (), emb, text)
+        for i in reversed(range(len(self.strides))):
+            x, _ = self._level(i, style, up=True)(x, skips[i][::-1], emb, text)
+        x = style.act(GroupNorm(self.norm_groups, jnp.float32, name="norm_out")(x))
+        return conv3x3(self.out_channels, jnp.float32, "conv_out", zero=True)(x)
+
+    def _text(self, cond) -> tuple[jax.Array, jax.Array]:
+        """Text ready for attention, padding zeroed, at width `text_channels`."""
+        text_emb, text_mask = cond["text_emb"], cond["text_mask"].astype(bool)
+        text_emb = jnp.where(text_mask[..., None], text_emb, 0)
+        if self.text_channels:
+            text_emb = nn.Dense(self.text_channels, dtype=self.dtype, name="text_in")(text_emb)
+        return text_emb, text_mask
+
+    def _embedding(self, logsnr, cond, text) -> jax.Array:
+        """The activated sum of what is known of the whole picture: [B, 4 · channels]."""
+        width = 4 * self.channels
+
+        def embed(name, value):
+            return LogsnrEmbedding(self.channels, width, self.activation, name=name)(value)
+
+        emb = embed("logsnr_embedding", logsnr)
+        if self.super_resolution:
+            emb += embed("aug_embedding", cond["aug_logsnr"])
+        if self.pool_heads:
+            emb += TextPool(width, self.pool_heads, name="text_pool")(text)
+        return ACTIVATIONS[self.activation](emb).astype(self.dtype)
+
+    def _level(self, i: int, style: Style, up: bool) -> Level:
+        mults = self.channel_mults
+        count = self.num_blocks[i] + (up and self.entry_skips)
+        attention = (self.self_attention[i], self.text_attention[i])
+        before = (attention if self.attention_per_block else (False, False),) * (count - 1)
+        return Level(
+            channels=self.channels * mults[i],
+            attention=(*before, attention),
+            up=up,
+            stride=self.strides[i],
+            outer_channels=self.channels * mults[max(i - 1, 0)],
+            resampling=self.resampling,
+            remat=self.remat,
+            scan_blocks=self.scan_blocks,
+            style=style,
+            name=f"{'up' if up else 'down'}_{i}",
+        )
+
+    def _middle(self, style: Style) -> Level:
+        attention = (self.self_attention[-1], self.text_attention[-1])
+        channels = self.channels * self.channel_mults[-1]
+        return Level(
+            channels=channels,
+            attention=(attention, (False, False)),
+            up=False,
+            stride=1,
+            outer_channels=channels,
+            resampling=self.resampling,
+            remat=self.remat,
+            scan_blocks=self.scan_blocks,
+            style=style,
+            name="middle",
+        )
+
+    def _check(self, z_t, cond) -> None:
+        """Raises a UserError where fields or inputs contradict each other."""
+        levels = len(self.channel_mults)
+        for field in ("num_blocks", "strides", "self_attention", "text_attention"):
+            if len(getattr(self, field)) != levels:
+                raise UserError(
+                    f"The network's {field} has {len(getattr(self, field))} items but "
+                    f"channel_mults has {levels}; give one item a level."
+                )
+        choices = {
+            "resampling": RESAMPLINGS,
+            "activation": tuple(ACTIVATIONS),
+            "dtype": DTYPES,
+            "attention_implementation": ("auto", "xla", "cudnn"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise UserError(
+                    f"The network's {field} is {getattr(self, field)!r}; "
+                    f"choose from {', '.join(allowed)}."
+                )
+        for i, mult in enumerate(self.channel_mults):
+            width = self.channels * mult
+            attends = self.self_attention[i] or self.text_attention[i]
+            for field, used in (("norm_groups", True), ("head_channels", attends)):
+                if used and width % getattr(self, field):
+                    raise UserError(
+                        f"Level {i} of the network has {width} channels, not a multiple of its "
+                        f"{field} {getattr(self, field)}; change either."
+                    )
+        _, height, width, _ = z_t.shape
+        if height % self.divisor or width % self.divisor:
+            raise UserError(
+                f"A picture of {height}×{width} pixels doesn't fit the network, which needs height "
+                f"and width to be multiples of {self.divisor}; choose such a size."
+            )
+        for key in ("lowres", "aug_logsnr") if self.super_resolution else ():
+            if key not in cond:
+                raise UserError(
+                    f"The condition {key!r} is missing; a super-resolution network needs it."
+                )
