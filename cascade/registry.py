@@ -42,7 +42,7 @@ def check(kind: str, registry: Mapping[str, Callable], section: Mapping[str, Any
         raise UserError(f"The {kind} section has no `name`; choose one of {_listed(registry)}.")
     name = section["name"]
     if name not in registry:
-        raise UserError(f"Unknown {kind} {name!r}{_meant(name, registry)}; {_listed(registry)}.")
+        raise UserError(f"Unknown {kind} {name!r}{meant(name, registry)}; {_listed(registry)}.")
     factory = registry[name]
     parameters = {
         k: p for k, p in inspect.signature(factory).parameters.items() if k not in supplied
@@ -53,31 +53,37 @@ def check(kind: str, registry: Mapping[str, Callable], section: Mapping[str, Any
     where = f"the {kind} section {name!r}"
     for key in section:
         if key != "name" and key not in parameters:
-            hint = _meant(key, parameters)
+            hint = meant(key, parameters)
             raise UserError(
                 f"Unknown key {key!r} in {where}{hint}; it takes {_listed(parameters)}."
             )
     for key, parameter in parameters.items():
         if key not in section:
             raise UserError(f"Missing key {key!r} in {where}; state it, a config hides no default.")
-        _check_type(where, key, section[key], parameter.annotation)
+        check_type(f"Key {key!r} in {where}", section[key], parameter.annotation)
     return factory
 
 
-def _check_type(where: str, key: str, value: Any, expected: Any):
-    """Compares a value with a parameter's annotation where that is a plain class."""
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+def check_type(what: str, value: Any, expected: Any):
+    """Compares a value with an annotation where that is a plain class; an int may be a float.
+
+    Raises:
+      UserError: naming `what`, the value and the type it should have.
+    """
+    if not isinstance(expected, type):
         return
-    wrong_bool = isinstance(value, bool) and expected in (int, float)
-    if isinstance(expected, type) and (wrong_bool or not isinstance(value, expected)):
-        got = type(value).__name__
-        raise UserError(f"Key {key!r} in {where} is {value!r} ({got}); give {expected.__name__}.")
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if expected is float and number:
+        return
+    if not isinstance(value, expected) or (expected is int and not number):
+        raise UserError(f"{what} is {value!r} ({type(value).__name__}); give {expected.__name__}.")
 
 
 def _listed(names) -> str:
     return "choose from " + ", ".join(sorted(names)) if names else "no keys"
 
 
-def _meant(name: Any, names) -> str:
+def meant(name: Any, names) -> str:
+    """ " (did you mean 'x'?)" where one of `names` is close to `name`, else an empty string."""
     close = get_close_matches(str(name), list(names), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""

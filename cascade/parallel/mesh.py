@@ -1,0 +1,55 @@
+"""The device mesh: three named axes that a config gives sizes to."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cascade.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
+    """Arranges devices as [data, fsdp, tensor].
+
+    Args:
+      data, fsdp, tensor: axis sizes; one of them may be -1, "whatever is left". Batches are split
+        over `data` and `fsdp`, parameters over `fsdp` and `tensor`.
+      devices: the devices to use; all of them by default.
+
+    Raises:
+      UserError: the sizes don't multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    wished = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise UserError(f"Mesh {wished}: sizes are positive, and at most one of them is -1.")
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size > 0)
+        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"Mesh {wished} needs {math.prod(sizes)} devices but {len(devices)} are here; "
+            "change config.mesh so that the sizes multiply to that number, or use one -1."
+        )
+    # The Explicit default of jax.make_mesh fails on a sharded convolution kernel.
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Splits an array's first axis over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def put_batch(batch: dict, mesh: Mesh) -> dict:
+    """Makes global arrays [B, ...] from each process's own numpy part of the batch."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,0 +1,223 @@
+"""One diffusion model of the cascade: its loss for training, its sampler for drawing.
+
+A stage knows nothing of the others. A super-resolution stage sees `lowres` pictures, whoever made
+them: the stage before, a data pipeline, or a user's file.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from ml_collections import FrozenConfigDict
+
+from cascade import config as configs
+from cascade import registry
+from cascade.diffusion import conditioning, guidance, losses, process, samplers
+from cascade.diffusion.schedules import SCHEDULES
+from cascade.errors import UserError
+from cascade.networks import NETWORKS, cost
+
+BUCKET_EDGES = (-12.0, -8.0, -4.0, 0.0, 4.0, 8.0, 12.0)  # logsnr; 8 buckets
+
+
+class Stage:
+    """What a `stage` section of a config describes. Holds no parameters.
+
+    Attributes:
+      config: the section.
+      network: a Linen module, `predict(z_t, logsnr, cond)`.
+      is_base: True where it draws from text alone, False where it enlarges `lowres`.
+    """
+
+    def __init__(self, config):
+        """Builds the stage.
+
+        Args:
+          config: the `stage` section, a ConfigDict; its keys are `cascade.config.STAGE`.
+
+        Raises:
+          UserError: a key is missing, foreign, or at odds with another.
+        """
+        configs.check_stage(config)
+        self.config = config
+        self.is_base = config.lowres_resolution == 0
+        outputs = config.channels * (2 if config.learned_variance else 1)
+        self.network = registry.build("network", NETWORKS, config.network, out_channels=outputs)
+        self.schedule = registry.build("schedule", SCHEDULES, config.schedule)
+        self.aug_schedule = registry.build("schedule", SCHEDULES, config.aug_schedule)
+        self.weighting = registry.build("weighting", losses.WEIGHTINGS, config.weighting)
+        self.training_resolution = config.crop_resolution or config.resolution
+        self.check_size((config.resolution,) * 2)
+        self.check_size((self.training_resolution,) * 2)
+
+    def check_size(self, size: tuple[int, int]):
+        """Raises a UserError unless the network can draw pictures of `size` = (H, W)."""
+        divisor = self.network.divisor
+        if min(size) < 1 or any(side % divisor for side in size):
+            raise UserError(
+                f"This stage can't draw {size[1]}×{size[0]} (width×height): both sides must be "
+                f"multiples of {divisor}, since its network halves them that far."
+            )
+
+    def shapes(self, batch: int, size: tuple[int, int] | None = None):
+        """`jax.ShapeDtypeStruct`s of the network's arguments (z_t, logsnr, cond).
+
+        Args:
+          size: (H, W); the training resolution by default.
+        """
+        c = self.config
+        height, width = size or (self.training_resolution,) * 2
+        array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+        cond = {
+            "text_emb": array((batch, c.text_length, c.text_width)),
+            "text_mask": jax.ShapeDtypeStruct((batch, c.text_length), bool),
+        }
+        if not self.is_base:
+            low = (
+                height * c.lowres_resolution // c.resolution,
+                width * c.lowres_resolution // c.resolution,
+            )
+            cond |= {"lowres": array((batch, *low, c.channels)), "aug_logsnr": array((batch,))}
+        return array((batch, height, width, c.channels)), array((batch,)), cond
+
+    def init(self, key):
+        """Fresh parameters, float32, a nested dict."""
+        arguments = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.shapes(1))
+        return self.network.init(key, *arguments)["params"]
+
+    @functools.cached_property
+    def forward_flops(self) -> int:
+        """FLOPs of one forward pass of one picture at the training resolution."""
+        params = jax.eval_shape(self.init, jax.random.key(0))
+        return cost.count(
+            lambda p, *a: self.network.apply({"params": p}, *a), params, *self.shapes(1)
+        )
+
+    def loss(self, params, batch, key, train: bool = True):
+        """The weighted denoising loss of a batch, a scalar, and its metrics.
+
+        Args:
+          batch: `image` [B,H,W,C] in [-1,1], `text_emb` [B,L,D], `text_mask` [B,L], and for a
+            super-resolution stage `lowres` [B,h,w,C].
+          key: times, noise, dropped texts, augmentation and dropout all follow from it.
+          train: False switches network dropout and text dropping off.
+
+        Returns:
+          (loss, {"loss": (), "bucket_sum": [K], "bucket_count": [K]}): sums by logsnr bucket.
+        """
+        x = batch["image"]
+        time_key, noise_key, text_key, aug_key, dropout_key = jax.random.split(key, 5)
+        logsnr = self.schedule(losses.stratified_times(time_key, x.shape[0]))
+        eps = jax.random.normal(noise_key, x.shape)
+        z_t = process.diffuse(x, eps, logsnr)
+
+        cond = {"text_emb": batch["text_emb"], "text_mask": batch["text_mask"]}
+        if train:
+            cond["text_emb"], cond["text_mask"] = conditioning.drop_text(
+                text_key, cond["text_emb"], cond["text_mask"], self.config.text_drop
+            )
+        if not self.is_base:
+            cond["lowres"], cond["aug_logsnr"] = conditioning.augment_lowres(
+                aug_key, batch["lowres"], self.aug_schedule
+            )
+        output = self.network.apply(
+            {"params": params}, z_t, logsnr, cond, not train, rngs={"dropout": dropout_key}
+        )
+        prediction = process.predictions(output, z_t, logsnr, self.config.output)
+        each = losses.denoising_loss(prediction, x, eps, z_t, logsnr, self.weighting)
+        member = jax.nn.one_hot(
+            jnp.searchsorted(jnp.array(BUCKET_EDGES), logsnr), len(BUCKET_EDGES) + 1
+        )
+        loss = each.mean()
+        metrics = {"loss": loss, "bucket_sum": each @ member, "bucket_count": member.sum(0)}
+        return loss, metrics
+
+    def settings(self, **changes) -> FrozenConfigDict:
+        """The config's `sampling` section with some keys changed; hashable, so jit can key on it.
+
+        Raises:
+          UserError: an unknown key, or a value outside its range.
+        """
+        merged = {**self.config.sampling.to_dict(), **changes}
+        configs.check_sampling(merged)
+        return FrozenConfigDict(merged)
+
+    def denoiser(self, params, cond, null_cond, settings, guidance_weight):
+        """denoise(z_t, logsnr) -> Denoised: threshold ∘ guide ∘ to_x ∘ predict.
+
+        Args:
+          cond, null_cond: conditions of B pictures; the second is what guidance leads away from.
+          guidance_weight: 1.0 (a Python float) costs one evaluation; else two, as a batch of 2B.
+        """
+
+        def denoise(z_t, logsnr, cond):
+            output = self.network.apply({"params": params}, z_t, logsnr, cond)
+            prediction = process.predictions(output, z_t, logsnr, self.config.output)
+            return guidance.Denoised(prediction.x, prediction.fraction)
+
+        guided = guidance.guide(
+            denoise,
+            cond,
+            null_cond,
+            guidance_weight,
+            interval=tuple(settings.guidance_interval) or None,
+            rescale=settings.rescale,
+        )
+        threshold = registry.build("threshold", guidance.THRESHOLDS, settings.threshold)
+        return guidance.thresholded(guided, threshold)
+
+    def sample(
+        self, params, cond, null_cond, keys, settings, size, guidance_weight=None, aug_level=None
+    ):
+        """Draws B pictures, float32 [B,H,W,C] in [-1,1].
+
+        Args:
+          cond: `text_emb`, `text_mask` and, for a super-resolution stage, clean `lowres`.
+          null_cond: `text_emb`, `text_mask` of the null or of a negative prompt.
+          keys: [B] PRNG keys, one a picture, so that a picture doesn't depend on its batch.
+          settings: what `self.settings()` returns. Static under jit.
+          size: (H, W). Static under jit.
+          guidance_weight, aug_level: override the settings' own; may be traced.
+        """
+        self.check_size(size)
+        z_keys, aug_keys, step_keys = (
+            jax.vmap(jax.random.fold_in, (0, None))(keys, purpose) for purpose in range(3)
+        )
+        if not self.is_base:
+            level = settings.aug_level if aug_level is None else aug_level
+            noised, aug_logsnr = conditioning.augment_lowres(
+                aug_keys, cond["lowres"], self.aug_schedule, level
+            )
+            low = {"lowres": noised, "aug_logsnr": aug_logsnr}
+            cond, null_cond = {**cond, **low}, {**null_cond, **low}
+        weight = settings.guidance if guidance_weight is None else guidance_weight
+        denoise = self.denoiser(params, cond, null_cond, settings, weight)
+        shape = (*size, self.config.channels)
+        z_1 = jax.vmap(lambda key: jax.random.normal(key, shape))(z_keys)
+        sampler = registry.build("sampler", samplers.SAMPLERS, settings.sampler)
+        times = samplers.time_steps(self.schedule, settings.steps)
+        x = samplers.sample(sampler, denoise, z_1, times, step_keys)
+        return jnp.clip(x, -1.0, 1.0)
+
+    @functools.cached_property
+    def draw(self):
+        """`sample`, compiled once for each settings and size."""
+        return jax.jit(self.sample, static_argnames=("settings", "size"))
+
+
+def summarise(metrics: list[dict]) -> dict[str, float]:
+    """Means over steps of the metrics that `Stage.loss` returns, as plain floats.
+
+    A bucket that no picture fell into gives NaN.
+    """
+    sums = sum(m["bucket_sum"] for m in metrics)
+    counts = sum(m["bucket_count"] for m in metrics)
+    edges = (-20.0, *BUCKET_EDGES, 20.0)
+    values = {
+        name: float(sum(m[name] for m in metrics) / len(metrics))
+        for name in metrics[0]
+        if not name.startswith("bucket_")
+    }
+    for low, high, total, count in zip(edges, edges[1:], sums, counts, strict=False):
+        values[f"loss_logsnr_{low:g}_{high:g}"] = float(total / count) if count else float("nan")
+    return values

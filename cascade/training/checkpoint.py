@@ -1,0 +1,168 @@
+"""Training checkpoints: state, data position, config and a checksum, kept by Orbax.
+
+Orbax writes to a temporary folder and renames it when whole, so a killed run leaves the previous
+checkpoint as it was. It doesn't notice a flipped bit and has no way back from an unreadable
+folder; the checksum and `restore` here add both.
+"""
+
+import logging
+import pathlib
+
+import grain.checkpoint
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from cascade.errors import UserError
+
+FORMAT_VERSION = 1
+
+# What reading a damaged folder raises, from JSON, the file system, TensorStore and Orbax.
+UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError)
+
+
+@jax.jit
+def checksum(tree) -> jax.Array:
+    """Sum of all bit patterns mod 2³², as uint32: the same on any mesh, changed by any one bit."""
+
+    def bits(leaf):
+        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+        return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+    return sum((bits(leaf) for leaf in jax.tree.leaves(tree)), jnp.zeros((), jnp.uint32))
+
+
+class Checkpoints:
+    """The checkpoints of one working folder."""
+
+    def __init__(self, workdir, *, keep_last: int, keep_every: int):
+        """Opens (and makes) `workdir/checkpoints`.
+
+        Args:
+          keep_last: how many of the newest to keep.
+          keep_every: also keep those whose step is a multiple of this; 0 = none.
+
+        Raises:
+          UserError: the folder can't be made.
+        """
+        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"Can't make {self.folder} ({error.strerror}); give another --workdir."
+            ) from error
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last, keep_period=keep_every or None, enable_async_checkpointing=True
+        )
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, step: int, state, iterator, config: dict):
+        """Starts writing a checkpoint and returns once the arrays have been copied.
+
+        Args:
+          iterator: the Grain iterator whose position is saved, each process its own.
+          config: JSON-able.
+
+        Raises:
+          UserError: this or the previous checkpoint couldn't be written; older ones stay good.
+        """
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "config": config,
+            "checksum": int(checksum(state)),
+        }
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=grain.checkpoint.CheckpointSave(iterator),
+            meta=ocp.args.JsonSave(meta),
+        )
+        try:
+            self.manager.save(step, args=items)
+        except UNREADABLE as error:
+            raise self._unwritten(error) from error
+
+    def wait(self):
+        """Waits until the checkpoint in flight is on disk; raises as `save` does."""
+        try:
+            self.manager.wait_until_finished()
+        except UNREADABLE as error:
+            raise self._unwritten(error) from error
+
+    def close(self):
+        """Waits, then frees Orbax's threads."""
+        self.wait()
+        self.manager.close()
+
+    def latest(self) -> int | None:
+        """The newest step that is listed, readable or not."""
+        return self.manager.latest_step()
+
+    def meta(self, step: int) -> dict:
+        """The config, format version and checksum saved with a step."""
+        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+    def restore(self, abstract_state, iterator=None):
+        """The newest checkpoint that is whole, or None where there is none.
+
+        A damaged one is said to be so and set aside as `checkpoints.broken/STEP`.
+
+        Args:
+          abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings: where each array goes.
+          iterator: a Grain iterator to move to the saved position.
+
+        Returns:
+          (step, state, meta) or None.
+
+        Raises:
+          UserError: there are checkpoints but none is whole.
+        """
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        reason = ""
+        for step in steps:
+            try:
+                return self._restore_step(step, abstract_state, iterator)
+            except UNREADABLE as error:
+                reason = str(error).strip().split("\n")[0][:200]
+                logging.warning("Checkpoint %d is damaged (%s); set aside.", step, reason)
+                self._set_aside(step)
+        if steps:
+            raise UserError(
+                f"None of the {len(steps)} checkpoints in {self.folder} can be read ({reason}); "
+                "they were moved to checkpoints.broken: rerun to start anew."
+            )
+        return None
+
+    def _restore_step(self, step: int, abstract_state, iterator):
+        meta = self.meta(step)
+        if meta["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"Checkpoint {step} in {self.folder} has format {meta['format_version']}, this "
+                f"version reads {FORMAT_VERSION}; use the version that wrote it."
+            )
+        items = {"state": ocp.args.StandardRestore(abstract_state)}
+        if iterator is not None:
+            items["data"] = grain.checkpoint.CheckpointRestore(iterator)
+        state = self.manager.restore(step, args=ocp.args.Composite(**items)).state
+        if int(checksum(state)) != meta["checksum"]:
+            raise ValueError("its checksum doesn't match its contents")
+        return step, state, meta
+
+    def _set_aside(self, step: int):
+        broken = self.folder.with_name("checkpoints.broken")
+        if jax.process_index() == 0:
+            broken.mkdir(exist_ok=True)
+            target = broken / str(step)
+            while target.exists():
+                target = target.with_name(target.name + "_")
+            (self.folder / str(step)).rename(target)
+        self.manager.reload()
+
+    def _unwritten(self, error: Exception) -> UserError:
+        reason = str(error).strip().split("\n")[0][:200]
+        good = [step for step in self.manager.all_steps(read=True)]
+        kept = f"the checkpoint of step {max(good)} is good" if good else "none was written before"
+        return UserError(
+            f"A checkpoint couldn't be written to {self.folder} ({reason}); {kept}. "
+            "Free some space and run the same command to go on."
+        )

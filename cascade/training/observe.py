@@ -1,0 +1,110 @@
+"""Watches training and changes nothing: numbers, pictures, the progress bar's text."""
+
+import contextlib
+import functools
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cascade.images import contact_sheet, to_uint8
+from cascade.parallel import mesh as meshes
+from cascade.stage import summarise
+from cascade.training.metrics import Metrics, peak_flops
+
+
+class Observer:
+    """Logs, evaluates and samples at a run's intervals.
+
+    Metrics stay on the device until they are logged, so that no step waits for the host.
+    """
+
+    def __init__(self, stage, config, workdir, mesh, start: int, evaluation: list[dict]):
+        self.stage, self.settings, self.mesh = stage, config.train, mesh
+        self.workdir = pathlib.Path(workdir)
+        self.metrics = Metrics(workdir, start)
+        self.evaluation = evaluation
+        self.evaluate = jax.jit(functools.partial(stage.loss, train=False))
+        self.key = jax.random.key(config.seed)
+        self.picture_flops = 3 * stage.forward_flops
+        self.pending, self.input_wait = [], 0.0
+        self.since = None  # the first step compiles; the clock starts after it
+
+    @contextlib.contextmanager
+    def waiting_for_input(self):
+        """Adds the time spent inside `with` to the input wait."""
+        began = time.perf_counter()
+        yield
+        self.input_wait += time.perf_counter() - began
+
+    def after_step(self, step: int, state, metrics, bar):
+        """Keeps a step's metrics on the device, and at its intervals logs, evaluates, samples."""
+        self.pending.append(metrics)
+        if self.since is None:
+            jax.block_until_ready(metrics)
+            self._restart_clock()
+        elif step % self.settings.log_every == 0:
+            self._log(step, bar)
+        last = step == self.settings.steps
+        if self.evaluation and (step % self.settings.eval_every == 0 or last):
+            self._evaluate(step, state)
+        if self.evaluation and (step % self.settings.sample_every == 0 or last):
+            self._sample(step, state)
+
+    def close(self):
+        """Closes the metric files."""
+        self.metrics.close()
+
+    def _restart_clock(self):
+        self.since, self.input_wait, self.timed_steps = time.perf_counter(), 0.0, 0
+
+    def _log(self, step: int, bar):
+        values = summarise(jax.device_get(self.pending))  # the only wait for the device
+        seconds = time.perf_counter() - self.since
+        pictures = (len(self.pending)) * self.settings.batch_size
+        values["pictures_per_second"] = pictures / seconds
+        values["flops_per_second"] = values["pictures_per_second"] * self.picture_flops
+        if peak_flops():
+            values["flop_utilisation"] = values["flops_per_second"] / peak_flops()
+        values["input_wait"] = self.input_wait / seconds
+        self.metrics.scalars(step, values)
+        bar.set_postfix(loss=f"{values['loss']:.4f}", pics=f"{values['pictures_per_second']:.0f}/s")
+        self.pending = []
+        self._restart_clock()
+
+    def _evaluate(self, step: int, state):
+        """Loss of the EMA weights on held-out data, with the same noise every time."""
+        began = time.perf_counter()
+        rows = [
+            self.evaluate(
+                state.ema_params,
+                meshes.put_batch(batch, self.mesh),
+                jax.random.fold_in(self.key, index),
+            )[1]
+            for index, batch in enumerate(self.evaluation)
+        ]
+        values = summarise(jax.device_get(rows))
+        self.metrics.scalars(step, {f"eval_{name}": value for name, value in values.items()})
+        self.since += time.perf_counter() - began
+
+    def _sample(self, step: int, state):
+        """A sheet of samples beside the held-out pictures whose captions they were drawn from."""
+        began = time.perf_counter()
+        batch = {k: v[: self.settings.sample_count] for k, v in self.evaluation[0].items()}
+        cond = {k: v for k, v in batch.items() if k in ("text_emb", "text_mask", "lowres")}
+        count = len(batch["image"])
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key, jnp.arange(count))
+        size = batch["image"].shape[1:3]
+        drawn = self.stage.draw(state.ema_params, cond, keys, self.stage.settings(), size)
+        rows = [batch["image"], np.asarray(drawn)]
+        if "lowres" in batch:
+            rows.insert(0, np.asarray(jax.image.resize(batch["lowres"], drawn.shape, "nearest")))
+        sheet = contact_sheet(to_uint8(np.concatenate(rows)), columns=count)
+        self.metrics.picture(step, "samples", np.asarray(sheet))
+        if self.metrics.writes:
+            folder = self.workdir / "samples"
+            folder.mkdir(exist_ok=True)
+            sheet.save(folder / f"{step:08d}.png")
+        self.since += time.perf_counter() - began

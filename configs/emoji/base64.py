@@ -1,0 +1,104 @@
+"""A 64×64 base stage on emoji drawings and composed scenes: every setting stated.
+
+Sized for one modern GPU. `configs/emoji/sr256.py` enlarges what it draws.
+
+    cascade data build emoji --out data/emoji
+    cascade train --config configs/emoji/base64.py --workdir runs/base
+"""
+
+from ml_collections import ConfigDict
+
+from cascade.configs import smoke
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment; `arg` is "" or "smoke" (seconds on a CPU, on synthetic data)."""
+    config = ConfigDict()
+    config.seed = 0
+
+    config.stage = {
+        "resolution": 64,
+        "channels": 3,
+        "lowres_resolution": 0,  # 0: draws from text alone
+        "crop_resolution": 0,  # 0: trains on whole pictures
+        "text_width": 384,
+        "text_length": 48,
+        "network": {
+            "name": "unet",
+            "channels": 128,
+            "channel_mults": (1, 2, 2, 3),
+            "num_blocks": (2, 2, 2, 2),
+            "strides": (1, 2, 2, 2),
+            "resampling": "block",
+            "entry_skips": True,
+            "skip_scale": 1.0,
+            "middle": True,
+            "self_attention": (False, False, True, True),
+            "text_attention": (False, False, True, True),
+            "attention_per_block": True,
+            "head_channels": 64,
+            "attention_implementation": "auto",
+            "text_channels": 0,
+            "pool_heads": 6,
+            "norm_groups": 32,
+            "activation": "silu",
+            "dropout": 0.0,
+            "dtype": "bfloat16",
+            "remat": False,
+            "scan_blocks": False,
+        },
+        "schedule": {"name": "cosine", "logsnr_min": -20.0, "logsnr_max": 20.0},
+        "output": "v",
+        "learned_variance": False,
+        "weighting": {"name": "v"},
+        "text_drop": 0.1,
+        # Read by super-resolution stages alone: the noise put on their low-resolution input.
+        "aug_schedule": {"name": "cosine", "logsnr_min": -20.0, "logsnr_max": 20.0},
+        "sampling": {
+            "sampler": {"name": "ddim"},
+            "steps": 50,
+            "guidance": 3.0,
+            "guidance_interval": (),  # (low, high) in logsnr; () is everywhere
+            "rescale": 0.0,
+            "threshold": {"name": "dynamic", "percentile": 99.5, "cap": 1.5},
+            "aug_level": 0.1,
+        },
+    }
+
+    config.text = {"name": "minilm", "max_length": 48, "weights": ""}
+    config.text_cache = "data/text_cache"
+
+    emoji = {"name": "tfds", "dataset": "emoji/full", "data_dir": "data/emoji"}
+    config.data = {
+        "source": {**emoji, "split": "train"},
+        "eval_source": {**emoji, "split": "heldout"},
+        "min_side": 1,
+        "max_aspect": 4.0,
+        "ground": "#ffffff",  # what shows through transparent pictures
+        "crop": "centre",
+        "workers": 0,
+        "max_broken_rate": 0.01,
+        "cache_decoded": True,
+    }
+
+    config.train = {
+        "steps": 60_000,
+        "batch_size": 256,
+        "microbatches": 1,
+        "optimizer": {"name": "adam", "b1": 0.9, "b2": 0.99, "eps": 1e-8},
+        "learning_rate": {"name": "constant", "peak": 3e-4, "warmup_steps": 500},
+        "clip_norm": 1.0,
+        "ema_decay": 0.9995,
+        "log_every": 100,
+        "eval_every": 2_000,
+        "eval_batches": 4,
+        "sample_every": 5_000,
+        "sample_count": 8,
+        "checkpoint_every": 2_000,
+        "keep_last": 2,
+        "keep_every": 0,
+    }
+
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.sharding_rules = ()
+    return smoke.variant(config, arg)
