@@ -33,7 +33,8 @@ class BertEncoder(TextEncoder):
         for file in FILES:
             if not (folder / file).is_file():
                 raise UserError(
-                    f"No {file} in {str(folder)!r}; a text encoder's folder holds {', '.join(FILES)}."
+                    f"No {file} in {str(folder)!r}; a text encoder's folder holds"
+                    f" {', '.join(FILES)}."
                 )
         try:
             description = json.loads((folder / "config.json").read_text("utf-8"))

@@ -14,7 +14,6 @@ from cascade.errors import UserError
 log = logging.getLogger(__name__)
 
 ROWS = 16  # prompts embedded at once; fixed, so that only lengths make new shapes to compile
-SHORTEST = 8  # the smallest length that batches are padded to; larger ones double
 
 
 class Tokens(NamedTuple):
@@ -86,7 +85,7 @@ class TextEncoder(abc.ABC):
         for i, prompt in enumerate(prompts):
             if tokens.truncated[i]:
                 log.warning(
-                    "The prompt %s is longer than the %d tokens that %s reads; its end is left out.",
+                    "The prompt %s is longer than the %d tokens that %s reads; its end is cut off.",
                     shortened(prompt),
                     self.max_length,
                     self.name,
@@ -104,8 +103,8 @@ class TextEncoder(abc.ABC):
     def embed_in_batches(self, tokens: Tokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Embeds many prompts, those of like length together, in few distinct shapes.
 
-        Every batch is `ROWS` prompts padded to a length of 8, 16, 32, … or L, which depends on a
-        prompt alone: a handful of shapes to compile, and one result per prompt, whatever its mates.
+        Every batch is `ROWS` prompts padded to one of a few lengths (`padded_lengths`), chosen by
+        the prompt alone: few shapes to compile, and one result per prompt, whatever its mates.
 
         Yields:
           (rows [n] int, states [n, l, D] float32): which prompts, and their states.
@@ -122,9 +121,9 @@ class TextEncoder(abc.ABC):
 
 
 def padded_lengths(counts: np.ndarray, max_length: int) -> np.ndarray:
-    """The length each prompt is padded to: `SHORTEST` · 2ⁿ, the least that fits, at most L."""
-    doublings = np.ceil(np.log2(np.maximum(counts, SHORTEST) / SHORTEST))
-    return np.minimum(SHORTEST * 2**doublings, max_length).astype(np.int64)
+    """The length each prompt is padded to: the least of 8, 12, 16, 24, 32, … and L that fits."""
+    lengths = sorted({min(base << n, max_length) for base in (8, 12) for n in range(16)})
+    return np.array(lengths)[np.searchsorted(lengths, counts)]
 
 
 def checked_text(prompt: str) -> str:
