@@ -79,8 +79,10 @@ class TextEncoder(abc.ABC):
           text_emb [B, L, D] float32, zero at padding, and text_mask [B, L] bool.
 
         Raises:
-          UserError: as `tokenize`.
+          UserError: as `tokenize`; or the prompts are one bare string.
         """
+        if isinstance(prompts, str):
+            raise UserError(f"The prompts are one string, {shortened(prompts)}; give a list of them.")
         tokens = self.tokenize(prompts)
         for i, prompt in enumerate(prompts):
             if tokens.truncated[i]:
