@@ -1,0 +1,1 @@
+"""Captioned pictures on their way to training: sources, preprocessing, loader, builders."""

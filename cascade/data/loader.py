@@ -1,0 +1,253 @@
+"""The grain pipeline: records in a seeded order -> preprocessed pictures -> batches.
+
+    indices ─► shuffle ─► repeat ─► slice of this process ─► Prepare (in workers) ─► judge ─► batch
+
+Everything up to `Prepare` is a pure function of (seed, position), so an iterator's state is a
+position, a resumed run continues with the very next batch, and workers change nothing but speed.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from cascade.data.decoded import decoded
+from cascade.data.preprocess import (
+    CROPS,
+    BrokenPicture,
+    Filtered,
+    PairCrop,
+    Preprocess,
+    colour,
+)
+from cascade.data.sources import SOURCES, captions_of
+from cascade.errors import UserError
+from cascade.registry import build
+
+log = logging.getLogger(__name__)
+
+# A rate of broken records means nothing before this many were seen.
+RATE_WINDOW = 100
+
+
+class EmbeddingLookup(Protocol):
+    """What the loader asks of the embedding cache."""
+
+    def lookup(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
+        """Caption -> (text_emb [L, D] float32, text_mask [L] bool)."""
+
+
+class Skipped(NamedTuple):
+    """Takes the place of a record that can't be used, so that someone can count it."""
+
+    key: str
+    reason: str
+    broken: bool
+
+
+# Fills evaluation's last batch; nothing was skipped.
+PADDING = {"padding": True}
+
+
+class Prepare(NamedTuple):
+    """(index, generator) -> one prepared picture, or `Skipped`. Runs in the workers."""
+
+    source: Any
+    preprocess: Preprocess
+    pair: PairCrop
+    train: bool
+    random_crop: bool
+
+    def __call__(self, index: int, rng: np.random.Generator):
+        """Reads, preprocesses and crops record `index`; its caption is drawn, or the first."""
+        if index >= len(self.source):
+            return PADDING
+        key = str(index)
+        try:
+            record = self.source[index]
+            key = record["key"]
+            if not record["captions"]:
+                raise BrokenPicture("it has no caption")
+            choice = int(rng.integers(len(record["captions"]))) if self.train else 0
+            picture = self.preprocess(record["image"], rng if self.random_crop else None)
+        except Filtered as reason:
+            return Skipped(key, str(reason), broken=False)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a reader finds in a damaged record
+            return Skipped(key, f"{type(error).__name__}: {error}", broken=True)
+        offset = self.pair.offset(rng if self.train else None)
+        return {"caption": record["captions"][choice], **self.pair(picture, offset)}
+
+    def blank(self) -> dict[str, Any]:
+        """A black picture with some caption of the source."""
+        side = self.preprocess.resolution
+        black = self.pair(np.zeros((side, side, 3), np.uint8), self.pair.offset(None))
+        return {"caption": next(captions_of(self.source)), **black}
+
+
+class Judge:
+    """Lets prepared pictures pass; counts, logs and drops skipped ones."""
+
+    def __init__(self, records: int, max_broken_rate: float):
+        self._records, self._max_rate = records, max_broken_rate
+        self.seen = self.broken = self.filtered = 0
+
+    def __call__(self, element) -> bool:
+        """True for a picture.
+
+        Raises:
+          UserError: too many are broken, or a whole pass left no picture.
+        """
+        self.seen += 1
+        if not isinstance(element, Skipped):
+            return True
+        self.broken += element.broken
+        self.filtered += not element.broken
+        if element.broken:
+            log.warning("Skipped broken record %s: %s", element.key, element.reason)
+            if self.broken > self._max_rate * max(self.seen, RATE_WINDOW):
+                raise UserError(
+                    f"{self.broken} of the first {self.seen} records are broken, more than "
+                    f"max_broken_rate {self._max_rate} allows (the last: {element.key}, "
+                    f"{element.reason}); mend the data or raise the rate."
+                )
+        if self.broken + self.filtered == self.seen >= self._records:
+            raise UserError(
+                f"None of {self.seen} records is usable (the last: {element.key}, "
+                f"{element.reason}); mend the data or loosen the filter."
+            )
+        return False
+
+
+class Fill:
+    """Evaluation's way with what can't be used: a blank in its place, marked invalid.
+
+    Batches then keep their number and their size, whatever is broken and whoever else evaluates.
+    """
+
+    def __init__(self, blank: dict[str, Any], judge: Judge):
+        self._blank, self._judge = blank, judge
+
+    def __call__(self, element):
+        """Element -> element with "valid"."""
+        if element == PADDING:
+            return {**self._blank, "valid": False}
+        usable = self._judge(element)
+        return {**(element if usable else self._blank), "valid": usable}
+
+
+class Collate(NamedTuple):
+    """Prepared pictures -> one batch of arrays, see `make_loader`."""
+
+    embedding: EmbeddingLookup
+
+    def __call__(self, elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """Stacks, scales to [-1, 1] and looks the captions up."""
+        texts = [self.embedding.lookup(element["caption"]) for element in elements]
+        batch = {
+            "text_emb": np.stack([emb for emb, _ in texts]),
+            "text_mask": np.stack([mask for _, mask in texts]),
+        }
+        for name in ("image", "lowres"):
+            if name in elements[0]:
+                pixels = np.stack([element[name] for element in elements])
+                batch[name] = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+        if "valid" in elements[0]:
+            batch["valid"] = np.array([element["valid"] for element in elements])
+        return batch
+
+
+def make_source(section: Mapping[str, Any], *, train: bool):
+    """Builds `section.source`, or `section.eval_source` if not `train`.
+
+    Raises:
+      UserError: a bad section, missing data, or a source without records.
+    """
+    chosen = section["source" if train else "eval_source"]
+    source = build("data source", SOURCES, chosen)
+    if len(source) == 0:
+        raise UserError(f"The data source {chosen['name']!r} holds no record; {dict(chosen)}.")
+    return source
+
+
+def make_loader(
+    section: Mapping[str, Any],
+    *,
+    resolution: int,
+    lowres_resolution: int,
+    crop_resolution: int,
+    embedding: EmbeddingLookup,
+    seed: int,
+    batch_size: int,
+    train: bool,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """An iterator over this process's batches; `get_state` and `set_state` save its position.
+
+    Training goes on for ever, each pass in a new order; captions and crops are drawn anew at each
+    visit. Evaluation is one pass in the source's order with first captions and centre crops; its
+    last batch is padded, and "valid" [B] bool says which pictures count.
+
+    Args:
+      section: config.data.
+      resolution: side of the whole pictures; with `crop_resolution` 0, of the batch's too.
+      lowres_resolution: side of a super-resolution stage's input, 0 for none.
+      crop_resolution: side of a super-resolution stage's training crops, 0 for whole pictures.
+      embedding: finds a caption's embedding.
+      seed: decides order, captions and crops.
+      batch_size: of one process.
+      train: which source, and which of the two ways above.
+      process_index, process_count: process p takes every count-th record of the order, from p.
+
+    Yields:
+      {"image": [B, H, W, 3] float32 in [-1, 1], "text_emb": [B, L, D] float32, "text_mask": [B, L]
+      bool, and in a super-resolution stage "lowres": [B, h, w, 3] float32 in [-1, 1]}.
+
+    Raises:
+      UserError: a bad section, missing data, sizes that don't divide, or (while iterating) too many
+        broken records.
+    """
+    if section["crop"] not in CROPS:
+        raise UserError(f"Unknown crop {section['crop']!r}; choose from {', '.join(CROPS)}.")
+    random_crop = train and section["crop"] == "random"
+    if random_crop and section["cache_decoded"]:
+        raise UserError(
+            "crop 'random' and cache_decoded contradict each other, since a cached picture is "
+            "already cropped; set crop to 'centre' or cache_decoded to False."
+        )
+    source = make_source(section, train=train)
+    preprocess = Preprocess(
+        resolution,
+        colour(section["ground"]),
+        section["filter"]["min_side"],
+        section["filter"]["max_aspect"],
+    )
+    if section["cache_decoded"] and source.folder is not None:
+        source = decoded(source, preprocess)
+    pair = PairCrop(resolution, lowres_resolution, crop_resolution).check()
+    prepare = Prepare(source, preprocess, pair, train, random_crop)
+    judge = Judge(len(source), section["max_broken_rate"])
+
+    if train:
+        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    else:
+        slots = -(-len(source) // (batch_size * process_count)) * batch_size * process_count
+        order = grain.MapDataset.range(slots).seed(seed)
+    # The generator belongs to the position in the common order, so it comes before the slice.
+    prepared = order.random_map(prepare)[process_index::process_count]
+    stream = prepared.to_iter_dataset(grain.ReadOptions(num_threads=0))
+    if section["workers"]:
+        if not flags.FLAGS.is_parsed():  # grain reads its own flags, which only absl programs parse
+            flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=section["workers"]))
+    if train:
+        stream = stream.filter(judge)
+    else:
+        blank = prepare.blank()
+        stream = stream.map(Fill(blank, judge))
+    return iter(stream.batch(batch_size, drop_remainder=True, batch_fn=Collate(embedding)))

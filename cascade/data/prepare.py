@@ -1,0 +1,91 @@
+"""Writes data sets to disk: whole or not at all, and only once."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from cascade.errors import UserError
+
+SMALLEST = 16
+
+
+def build_emoji(
+    out: str | Path,
+    variant: str = "demo",
+    resolution: int | None = None,
+    scenes: int | None = None,
+    seed: int = 0,
+    processes: int | None = None,
+) -> Path:
+    """Builds the emoji data set under `out`, or returns at once if it is already there.
+
+    Read it with the source `{"name": "tfds", "dataset": "emoji/<variant>", "data_dir": out, ...}`.
+
+    Args:
+      out: folder for data sets; this one goes to `out/emoji/<variant>/<version>`.
+      variant: "demo" or "full", see `cascade.data.emoji.builder.Emoji`.
+      resolution: side of the pictures in pixels; None takes the variant's default (128, 256).
+      scenes: how many composed scenes to add to train; None takes the default (0, 10,000).
+      seed: decides the held-out drawings and the scenes.
+      processes: processes that draw; None takes one for small builds, else one a core.
+
+    Returns:
+      The folder that holds the ArrayRecord files.
+
+    Raises:
+      UserError: a bad argument, another build in `out`, or a folder that can't be written.
+    """
+    # Imported here so that `cascade --help` does not wait for TFDS.
+    import tensorflow_datasets as tfds
+
+    from cascade.data.emoji.builder import DEFAULTS, Emoji
+
+    if variant not in DEFAULTS:
+        raise UserError(f"Unknown variant {variant!r} of emoji; choose from demo, full.")
+    settings = DEFAULTS[variant]._replace(seed=seed)
+    if resolution is not None:
+        settings = settings._replace(resolution=resolution)
+    if scenes is not None:
+        settings = settings._replace(scenes=scenes)
+    if settings.resolution < SMALLEST:
+        raise UserError(f"The resolution is {settings.resolution}; give at least {SMALLEST}.")
+    if settings.scenes < 0 or settings.seed < 0:
+        raise UserError("The number of scenes and the seed must not be negative.")
+    if processes is None:
+        processes = 1 if settings.variant == "demo" and settings.scenes < 500 else os.cpu_count()
+
+    parent = Path(out) / "emoji" / variant
+    folder = parent / str(Emoji.VERSION)
+    if folder.exists():
+        _check_same(folder, settings)
+        return folder
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for stale in parent.glob("incomplete.*"):  # a build that was killed
+            shutil.rmtree(stale)
+    except OSError as error:
+        raise UserError(f"Cannot write to {out}: {error}; choose another --out.") from error
+    tfds.disable_progress_bar()
+    builder = Emoji(
+        config=variant,
+        data_dir=os.fspath(out),
+        file_format="array_record",
+        settings=settings,
+        processes=processes,
+    )
+    # TFDS writes to a temporary folder and renames it when all is done.
+    builder.download_and_prepare()
+    shutil.copyfile(Path(__file__).parent / "emoji" / "NOTICE", folder / "NOTICE")
+    return folder
+
+
+def _check_same(folder: Path, settings):
+    """Refuses to pass off a build of other settings as the one asked for."""
+    built = json.loads((folder / "metadata.json").read_text())
+    asked = settings._asdict()
+    differ = [f"{k} {built[k]} instead of {asked[k]}" for k in asked if built[k] != asked[k]]
+    if differ:
+        raise UserError(
+            f"{folder} was built with {', '.join(differ)}; choose another --out or remove it."
+        )

@@ -1,0 +1,203 @@
+"""From any picture file to uint8 RGB of a known size: decode, crop, antialiased area resize."""
+
+import io
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageColor, ImageOps
+
+from cascade.errors import UserError
+
+CROPS = ("centre", "random")
+DECOMPRESSION_BOMB = Image.DecompressionBombError  # more pixels than a picture has
+
+
+class BrokenPicture(Exception):
+    """A picture that can't be decoded; the message says why."""
+
+
+class Filtered(Exception):
+    """A sound picture that the config's filter leaves out; the message says why."""
+
+
+def colour(text: str) -> tuple[int, int, int]:
+    """'#ffffff' or 'white' -> (255, 255, 255).
+
+    Raises:
+      UserError: no such colour.
+    """
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"Unknown colour {text!r}; give one like '#ffffff' or 'white'.") from error
+
+
+def decode(data: bytes, ground: tuple[int, int, int]) -> np.ndarray:
+    """Decodes a picture file to uint8 RGB [H, W, 3].
+
+    The camera's EXIF turn is applied, transparency is laid over `ground`, 16-bit grey keeps its
+    high byte, palettes, grey and CMYK become RGB, and of an animation the first frame counts.
+
+    Raises:
+      BrokenPicture: not a picture, cut short, or too large to be one.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+        return _to_rgb(ImageOps.exif_transpose(picture), ground)
+    except (OSError, ValueError, SyntaxError, EOFError, OverflowError, DECOMPRESSION_BOMB) as error:
+        raise BrokenPicture(str(error) or type(error).__name__) from error
+
+
+def _to_rgb(picture: Image.Image, ground: tuple[int, int, int]) -> np.ndarray:
+    if picture.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip
+        wide = np.asarray(picture).astype(np.int64)
+        grey = np.clip(wide >> 8, 0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if picture.mode == "F":
+        raise BrokenPicture("floating-point pixels have no known range")
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        base = Image.new("RGBA", rgba.size, (*ground, 255))
+        return np.asarray(Image.alpha_composite(base, rgba).convert("RGB"))
+    return np.asarray(picture.convert("RGB"))
+
+
+@lru_cache(maxsize=64)
+def resize_weights(size: int, new_size: int) -> np.ndarray:
+    """Weights [new_size, size] that resize one axis; each row sums to one.
+
+    Smaller: every new pixel is the mean of the stretch that it covers, ends counted by the share
+    covered. Larger: linear interpolation between pixel centres, edges repeated.
+    """
+    if new_size <= size:
+        edges = np.arange(new_size + 1) * (size / new_size)
+        pixels = np.arange(size)
+        upper = np.minimum(edges[1:, None], pixels + 1)
+        lower = np.maximum(edges[:-1, None], pixels)
+        covered = np.maximum(upper - lower, 0)
+        return (covered / covered.sum(1, keepdims=True)).astype(np.float32)
+    centres = np.clip((np.arange(new_size) + 0.5) * (size / new_size) - 0.5, 0, size - 1)
+    near = np.minimum(centres.astype(int), max(size - 2, 0))
+    weights = np.zeros((new_size, size), np.float32)
+    rows = np.arange(new_size)
+    weights[rows, np.minimum(near + 1, size - 1)] = centres - near
+    weights[rows, near] += 1 - (centres - near)
+    return weights
+
+
+def area_resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Antialiased resize of [H, W, C] to float32 [height, width, C], by `resize_weights`."""
+    rows = _resize_rows(picture, height)
+    return _resize_rows(rows.transpose(1, 0, 2), width).transpose(1, 0, 2)
+
+
+def _resize_rows(picture: np.ndarray, new_size: int, block: int = 32) -> np.ndarray:
+    """Resizes the first axis as a product with the weights, a block of rows at a time."""
+    size, others, channels = picture.shape
+    weights = resize_weights(size, new_size)
+    flat = picture.reshape(size, others * channels)
+    out = np.empty((new_size, others * channels), np.float32)
+    for start in range(0, new_size, block):
+        rows = weights[start : start + block]
+        used = np.flatnonzero(rows.any(axis=0))
+        band = slice(used[0], used[-1] + 1)  # a large picture's other rows weigh nothing here
+        out[start : start + block] = rows[:, band] @ flat[band].astype(np.float32)
+    return out.reshape(new_size, others, channels)
+
+
+def square_crop(picture: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+    """The largest square of [H, W, C]: in the centre, or anywhere `rng` likes."""
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = height - side, width - side
+    if rng is None:
+        top, left = top // 2, left // 2
+    else:
+        top, left = int(rng.integers(top + 1)), int(rng.integers(left + 1))
+    return picture[top : top + side, left : left + side]
+
+
+class Preprocess(NamedTuple):
+    """A picture file or uint8 array -> uint8 [resolution, resolution, 3].
+
+    Called with a picture and a generator (None takes the centre); raises BrokenPicture or Filtered.
+    """
+
+    resolution: int
+    ground: tuple[int, int, int]
+    min_side: int
+    max_aspect: float
+
+    def __call__(
+        self, image: bytes | np.ndarray, rng: np.random.Generator | None = None
+    ) -> np.ndarray:
+        """Decodes, filters, crops to a square and resizes."""
+        picture = decode(image, self.ground) if isinstance(image, bytes) else image
+        height, width = picture.shape[:2]
+        if min(height, width) < self.min_side:
+            raise Filtered(f"{width}x{height} has a side below {self.min_side}")
+        if max(height, width) > self.max_aspect * min(height, width):
+            raise Filtered(f"{width}x{height} is longer than {self.max_aspect}:1")
+        picture = square_crop(picture, rng)
+        if picture.shape[0] == self.resolution:
+            return picture
+        resized = area_resize(picture, self.resolution, self.resolution)
+        return np.round(resized).astype(np.uint8)
+
+
+class PairCrop(NamedTuple):
+    """Picture -> the pair (crop, its lowres) that a super-resolution stage learns from.
+
+    With f = resolution / lowres_resolution, the crop starts at a multiple of f, so that each lowres
+    pixel is the mean of exactly its own f x f pixels: both crops show the same place, to the pixel,
+    and the lowres crop equals the same crop of the whole picture's lowres.
+
+    resolution: side of the whole picture; lowres_resolution: of its lowres, 0 for a stage without;
+    crop_resolution: of the crop, 0 for the whole picture.
+    """
+
+    resolution: int
+    lowres_resolution: int
+    crop_resolution: int
+
+    def check(self) -> "PairCrop":
+        """Returns itself.
+
+        Raises:
+          UserError: sizes that don't divide.
+        """
+        whole, low, crop = self
+        if low and whole % low:
+            raise UserError(
+                f"The resolution {whole} is not a multiple of lowres_resolution {low}; choose one."
+            )
+        if crop and (crop > whole or (low and crop % (whole // low))):
+            raise UserError(
+                f"crop_resolution {crop} must be at most {whole} and a multiple of "
+                f"{whole // low if low else 1}, the ratio of resolution to lowres_resolution."
+            )
+        return self
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the picture to one of its lowres, along a side."""
+        return self.resolution // self.lowres_resolution if self.lowres_resolution else 1
+
+    def offset(self, rng: np.random.Generator | None) -> tuple[int, int]:
+        """Top left pixel of the crop: the centre's, or where `rng` likes; a multiple of f."""
+        places = (self.resolution - (self.crop_resolution or self.resolution)) // self.factor
+        if rng is None:
+            return (places // 2 * self.factor,) * 2
+        top, left = rng.integers(places + 1, size=2)
+        return int(top) * self.factor, int(left) * self.factor
+
+    def __call__(self, picture: np.ndarray, offset: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Cuts uint8 [R, R, 3] into {"image": uint8 [c, c, 3], "lowres": float32 0..255}."""
+        side = self.crop_resolution or self.resolution
+        top, left = offset
+        crop = picture[top : top + side, left : left + side]
+        if not self.lowres_resolution:
+            return {"image": crop}
+        return {"image": crop, "lowres": area_resize(crop, *(side // self.factor,) * 2)}
