@@ -83,10 +83,6 @@ class BertEncoder(TextEncoder):
 
         See `TextEncoder.tokenize`.
         """
-        if isinstance(prompts, str):
-            raise UserError(
-                f"The prompts are one string, {shortened(prompts)}; give a list of them."
-            )
         shape = (len(prompts), self.max_length)
         tokens = Tokens(np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape[0], bool))
         for i, prompt in enumerate(prompts):

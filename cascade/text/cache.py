@@ -81,7 +81,8 @@ class EmbeddingCache:
             )
         segment, start, stop = place
         emb = np.zeros((self._encoder.max_length, self._encoder.width), np.float32)
-        emb[: stop - start] = self._segments[segment].states[start:stop]
+        if start < stop:  # a caption without text has no states
+            emb[: stop - start] = self._segments[segment].states[start:stop]
         return emb, np.arange(self._encoder.max_length) < stop - start
 
     def ensure(self, captions: Iterable[str]):

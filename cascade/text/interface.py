@@ -82,7 +82,9 @@ class TextEncoder(abc.ABC):
           UserError: as `tokenize`; or the prompts are one bare string.
         """
         if isinstance(prompts, str):
-            raise UserError(f"The prompts are one string, {shortened(prompts)}; give a list of them.")
+            raise UserError(
+                f"The prompts are one string, {shortened(prompts)}; give a list of them."
+            )
         tokens = self.tokenize(prompts)
         for i, prompt in enumerate(prompts):
             if tokens.truncated[i]:
