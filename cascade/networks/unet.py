@@ -202,6 +202,16 @@ class UNet(nn.Module):
         """What a picture's height and width must be multiples of."""
         return math.prod(self.strides)
 
+    def levels(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
+        """Parameter group of each level, in order -> (height, width, channels) of its blocks."""
+        down = {}
+        for i, (stride, mult) in enumerate(zip(self.strides, self.channel_mults, strict=True)):
+            height, width = height // stride, width // stride
+            down[f"down_{i}"] = (height, width, self.channels * mult)
+        middle = {"middle": down[f"down_{i}"]} if self.middle else {}
+        up = {name.replace("down", "up"): down[name] for name in reversed(down)}
+        return down | middle | up
+
     @nn.compact
     def __call__(self, z_t, logsnr, cond, deterministic: bool = True) -> jax.Array:
         """Maps z_t [B, H, W, C] at logsnr [B] to [B, H, W, out_channels], float32.
