@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cascade.diffusion.process import along_batch, diffuse
+from cascade.diffusion.process import along_batch, diffuse, picture_noise
 from cascade.diffusion.schedules import Schedule
 from cascade.errors import UserError
 
@@ -37,14 +37,19 @@ def augment_lowres(
         s = jax.vmap(jax.random.uniform)(level_keys)
     else:
         s = jnp.broadcast_to(jnp.asarray(level, lowres.dtype), lowres.shape[:1])
-    eps = jax.vmap(lambda k: jax.random.normal(k, lowres.shape[1:], lowres.dtype))(noise_keys)
+    eps = picture_noise(noise_keys, lowres.shape[1:], lowres.dtype)
     aug_logsnr = schedule(s)
     noised = diffuse(lowres, eps, aug_logsnr)
     return jnp.where(along_batch(s, lowres) > 0, noised, lowres), aug_logsnr
 
 
 def drop_text(
-    key: Array, text_emb: Array, text_mask: Array, rate: float, null_emb: Array, null_mask: Array
+    key: Array,
+    text_emb: Array,
+    text_mask: Array,
+    rate: float,
+    null_emb: Array | float = 0.0,
+    null_mask: Array | bool = False,
 ) -> tuple[Array, Array]:
     """Replaces each example's text by the null text with probability `rate`, on its own.
 
@@ -52,7 +57,8 @@ def drop_text(
 
     Args:
       text_emb, text_mask: [B,L,D], [B,L].
-      null_emb, null_mask: [L,D], [L], the text encoder's null condition.
+      null_emb, null_mask: [L,D], [L], the text encoder's null condition; Imagen's, zeros and a
+        cleared mask, by default.
 
     Returns:
       The new (text_emb, text_mask).

@@ -74,8 +74,8 @@ def guide(
         return lambda z_t, logsnr: denoise(z_t, logsnr, cond)
 
     def guided(z_t, logsnr):
-        both = jax.tree.map(_doubled, (z_t, logsnr, cond), (z_t, logsnr, null_cond))
-        x, fraction = denoise(*both)
+        pair = (z_t, logsnr, cond), (z_t, logsnr, null_cond)
+        x, fraction = denoise(*jax.tree.map(lambda *two: jnp.concatenate(two), *pair))
         x_cond, x_null = jnp.split(x, 2)
         weight = jnp.asarray(guidance_weight, x.dtype)
         if interval is not None:
@@ -146,15 +146,11 @@ def dynamic_threshold(*, percentile: float, cap: float) -> Threshold:
 THRESHOLDS = {"none": no_threshold, "static": static_threshold, "dynamic": dynamic_threshold}
 
 
-def _doubled(first: Array, second: Array) -> Array:
-    return jnp.concatenate([first, second])
-
-
 def _with_spread_of(reference: Array, x: Array) -> Array:
     axes = tuple(range(1, x.ndim))
-    spread = jnp.std(x, axes, keepdims=True)
-    tiny = jnp.finfo(x.dtype).tiny
-    return x * (jnp.std(reference, axes, keepdims=True) / jnp.maximum(spread, tiny))
+    wanted, spread = (jnp.std(each, axes, keepdims=True) for each in (reference, x))
+    # A flat picture has no spread to bring back.
+    return x * jnp.where(spread > 0, wanted / jnp.where(spread > 0, spread, 1.0), 1.0)
 
 
 def _check_guidance(cond, null_cond, guidance_weight, interval, rescale):

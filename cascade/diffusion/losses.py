@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cascade.diffusion.process import check_kind, predictions, split_output
+from cascade.diffusion.process import Prediction, along_batch
 from cascade.diffusion.schedules import Schedule, alpha_sigma
 from cascade.errors import UserError
 
@@ -83,40 +83,31 @@ def stratified_times(key: Array, batch: int) -> Array:
 
 
 def denoising_loss(
-    output: Array,
+    prediction: Prediction,
     x: Array,
     eps: Array,
     t: Array,
     schedule: Schedule,
-    kind: str,
     weighting: Weighting,
 ) -> Array:
     """weighting(logsnr) · mean (eps - eps_hat)² for each example, [B].
 
-    The error is taken of the very quantity the network predicts and scaled to eps by formula, so
-    no conversion loses digits at either end of the schedule. Where the network also learned its
-    variance, `variance_bound` is added.
+    Taken as alpha² (v - v_hat)², the same number: v's error keeps its digits at both ends of the
+    schedule. Where the network learned its variance too, `variance_bound` is added.
 
     Args:
-      output: [B,H,W,C or 2C] the network's, at z_t = diffuse(x, eps, schedule(t)).
+      prediction: the network's, at z_t = diffuse(x, eps, schedule(t)).
       x, eps: [B,H,W,C] pictures and the noise added.
       t: [B] times.
-      kind: "x", "eps" or "v": what the network predicts.
-
-    Raises:
-      UserError: an unknown `kind`, or a number of channels that doesn't fit.
     """
-    check_kind(kind)
     logsnr = schedule(t)
-    alpha, sigma = alpha_sigma(logsnr.reshape(logsnr.shape + (1,) * (x.ndim - 1)))
-    target = {"x": x, "eps": eps, "v": alpha * eps - sigma * x}[kind]
-    to_eps = {"x": jnp.exp, "eps": jnp.ones_like, "v": jax.nn.sigmoid}[kind](logsnr)
-    mean_output, fraction = split_output(output, x.shape[-1])
-    loss = weighting(logsnr) * to_eps * _mean(jnp.square(mean_output - target))
-    if fraction is None:
+    alpha, sigma = alpha_sigma(along_batch(logsnr, x))
+    v = alpha * eps - sigma * x
+    scale = weighting(logsnr) * jax.nn.sigmoid(logsnr)
+    loss = scale * _mean(jnp.square(v - prediction.v))
+    if prediction.fraction is None:
         return loss
-    x_hat = predictions(mean_output, alpha * x + sigma * eps, logsnr, kind).x
-    return loss + variance_bound(x, x_hat, fraction, t, schedule)
+    return loss + variance_bound(x, prediction.x, prediction.fraction, t, schedule)
 
 
 def variance_bound(x: Array, x_hat: Array, fraction: Array, t: Array, schedule: Schedule) -> Array:
@@ -130,7 +121,7 @@ def variance_bound(x: Array, x_hat: Array, fraction: Array, t: Array, schedule: 
     """
     step = 1.0 / BOUND_STEPS
     s = jnp.maximum(t - step, step)
-    logsnr_t, logsnr_s = (schedule(u).reshape(-1, *(1,) * (x.ndim - 1)) for u in (t, s))
+    logsnr_t, logsnr_s = (along_batch(schedule(u), x) for u in (t, s))
     d = fraction * (jax.nn.log_sigmoid(-logsnr_t) - jax.nn.log_sigmoid(-logsnr_s))
     gain = jnp.exp(logsnr_s) * -jnp.expm1(logsnr_t - logsnr_s)
     error = jnp.square(x - jax.lax.stop_gradient(x_hat))

@@ -44,6 +44,14 @@ def diffuse(x: Array, eps: Array, logsnr: Array) -> Array:
     return alpha * x + sigma * eps
 
 
+def picture_noise(keys: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """Unit noise [B, *shape] from typed keys [B]: each picture's depends on its own key alone.
+
+    So a picture does not depend on the batch it is drawn in.
+    """
+    return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
+
+
 def posterior(
     z_t: Array, x: Array, logsnr_t: Array, logsnr_s: Array, fraction: Array | float
 ) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from cascade.diffusion.guidance import Denoise
-from cascade.diffusion.process import diffuse, posterior, predictions
+from cascade.diffusion.process import diffuse, picture_noise, posterior, predictions
 from cascade.diffusion.schedules import Schedule, alpha_sigma
 from cascade.errors import UserError
 
@@ -56,7 +56,7 @@ def ancestral(*, gamma: float) -> Sampler:
         x_hat, fraction = _denoise(denoise, z_t, logsnr_t)
         fraction = gamma if fraction is None else fraction
         mean, logvar = posterior(z_t, x_hat, logsnr_t, logsnr_s, fraction)
-        return mean + jnp.exp(0.5 * logvar) * picture_noise(keys, z_t), carry
+        return mean + jnp.exp(0.5 * logvar) * picture_noise(keys, z_t.shape[1:], z_t.dtype), carry
 
     return Sampler(_nothing, step)
 
@@ -124,62 +124,47 @@ def time_steps(schedule: Schedule, steps: int) -> Array:
     return schedule(jnp.linspace(1.0, 0.0, steps + 1))
 
 
-def initial_noise(keys: Array, like: Array | jax.ShapeDtypeStruct) -> Array:
-    """z_1 shaped as `like` [B, ...], each picture's from its own key, apart from all steps'."""
-    return picture_noise(_fold(keys, 0), like)
-
-
-def picture_noise(keys: Array, like: Array | jax.ShapeDtypeStruct) -> Array:
-    """Unit noise shaped as `like` [B, ...]: row i depends on keys[i] alone, not on the batch."""
-    return jax.vmap(lambda key: jax.random.normal(key, like.shape[1:], like.dtype))(keys)
-
-
 def integrate(sampler: Sampler, denoise: Denoise, z: Array, logsnrs: Array, keys: Array) -> Array:
     """Takes z at logsnrs[0] through every level to z at logsnrs[-1], in one `lax.scan`.
 
     Args:
       z: [B, ...].
       logsnrs: [N + 1], increasing: N steps.
-      keys: [B] typed random keys, one per picture; step i uses fold_in(key, i + 1).
+      keys: [B] typed random keys, one per picture; step i uses fold_in(key, i).
     """
+
+    logsnrs = logsnrs.astype(z.dtype)
 
     def body(state, inputs):
         z_t, carry = state
-        logsnr_t, logsnr_s, index = inputs
-        return sampler.step(denoise, z_t, carry, logsnr_t, logsnr_s, _fold(keys, index)), None
+        index, logsnr_t, logsnr_s = inputs
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+        return sampler.step(denoise, z_t, carry, logsnr_t, logsnr_s, step_keys), None
 
-    indices = jnp.arange(1, len(logsnrs))
-    state, _ = jax.lax.scan(
-        body,
-        (z, sampler.init(z)),
-        (logsnrs[:-1].astype(z.dtype), logsnrs[1:].astype(z.dtype), indices),
-    )
-    return state[0]
+    levels = (jnp.arange(len(logsnrs) - 1), logsnrs[:-1], logsnrs[1:])
+    (z_s, _), _ = jax.lax.scan(body, (z, sampler.init(z)), levels)
+    return z_s
 
 
 def sample(sampler: Sampler, denoise: Denoise, z_1: Array, logsnrs: Array, keys: Array) -> Array:
     """Draws pictures [B, ...] from noise z_1 in N steps, the last of which lands on x_hat.
 
     Args:
-      z_1: [B, ...] noise, see `initial_noise`.
+      z_1: [B, ...] noise, see `picture_noise`.
       logsnrs: [N + 1], increasing from noise to clean, see `time_steps`. The clean end itself is
         never evaluated: from logsnrs[N - 1] the picture is x_hat.
       keys: [B] typed random keys, one per picture.
     """
     z_t = integrate(sampler, denoise, z_1, logsnrs[:-1], keys)
-    return _denoise(denoise, z_t, logsnrs[-2].astype(z_1.dtype)).x
+    return _denoise(denoise, z_t, logsnrs[-2]).x
 
 
 def _denoise(denoise, z, logsnr):
-    return denoise(z, jnp.full(z.shape[:1], logsnr))
+    return denoise(z, jnp.full(z.shape[:1], logsnr, z.dtype))
 
 
 def _ddim_step(z_t, x_hat, logsnr_t, logsnr_s):
     return diffuse(x_hat, predictions(x_hat, z_t, logsnr_t, "x").eps, logsnr_s)
-
-
-def _fold(keys, index):
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, index)
 
 
 def _nothing(z_1):
