@@ -30,6 +30,7 @@ from cascade.text.interface import TextEncoder, checked_text, shortened
 
 log = logging.getLogger(__name__)
 
+NAME = "captions-{}.safetensors"
 SEGMENT = 4096  # captions; what a killed run may have to compute again
 
 
@@ -134,7 +135,7 @@ class EmbeddingCache:
         temporary = self._folder / f".{uuid.uuid4().hex}.tmp"
         try:
             save_file(tensors, temporary, _header(self._encoder))
-            os.replace(temporary, self._folder / f"captions-{name}.safetensors")
+            os.replace(temporary, self._folder / NAME.format(name))
         finally:
             temporary.unlink(missing_ok=True)
         return int(tokens.truncated.sum())
@@ -143,22 +144,30 @@ class EmbeddingCache:
         """Maps every segment and sorts their keys; damaged segments are remembered, not read."""
         self._segments, self._damaged = [], []
         keys, places = [np.zeros((0, 2), np.uint64)], [np.zeros((0, 3), np.int64)]
-        for path in sorted(self._folder.glob("captions-*.safetensors")):
+        for path in sorted(self._folder.glob(NAME.format("[0-9a-f]" * 32))):
             try:
                 segment = _map(path)
-            except (SafetensorError, ValueError) as error:
+            except (SafetensorError, ValueError, FileNotFoundError) as error:
                 log.warning("%s is damaged (%s); its captions must be embedded again.", path, error)
                 self._damaged.append(path)
                 continue
+            except OSError as error:
+                raise UserError(
+                    f"Cannot read the embedding cache {str(self._folder)!r} ({error}); mend its"
+                    " permissions or choose another folder."
+                ) from error
             _check_origin(self._folder, segment.header, _header(self._encoder))
             number = np.full(len(segment.keys), len(self._segments))
             places.append(np.stack([number, segment.starts[:-1], segment.starts[1:]], axis=1))
             keys.append(segment.keys)
             self._segments.append(segment)
-        keys, first_of_equals = np.unique(np.concatenate(keys), axis=0, return_index=True)
-        self._places = np.concatenate(places)[first_of_equals]
-        # Contiguous halves: `searchsorted` would copy a column of a matrix at every call.
-        self._high, self._low = keys[:, 0].copy(), keys[:, 1].copy()
+        high, low = np.concatenate(keys).T
+        order = np.lexsort((low, high))
+        high, low = high[order], low[order]
+        # Two processes that embedded the same captions left them twice; keep the first.
+        new = np.append(True, (high[1:] != high[:-1]) | (low[1:] != low[:-1]))[: len(order)]
+        self._high, self._low = high[new], low[new]
+        self._places = np.concatenate(places)[order][new]
 
     def _find(self, caption: str) -> tuple[int, int, int] | None:
         """(segment, start, stop) of the caption's states, or None."""
@@ -188,14 +197,13 @@ def _map(path: Path) -> _Segment:
       ValueError: its parts don't fit together.
     """
     file = safe_open(path, "np")
-    starts, keys, states = (
-        file.get_tensor("starts"),
-        file.get_tensor("keys"),
-        file.get_slice("states"),
-    )
+    starts, keys = file.get_tensor("starts"), file.get_tensor("keys")
+    states, header = file.get_slice("states"), file.metadata() or {}
     if keys.shape != (len(starts) - 1, 2) or [starts[-1]] != states.get_shape()[:1]:
         raise ValueError("its parts don't fit together")
-    return _Segment(states, starts, keys, file.metadata() or {})
+    if header.keys() != {"made_by", "fingerprint"}:
+        raise ValueError("it does not say which encoder made it")
+    return _Segment(states, starts, keys, header)
 
 
 def _header(encoder: TextEncoder) -> dict[str, str]:
@@ -209,8 +217,6 @@ def _check_origin(folder: Path, found: dict[str, str], wanted: dict[str, str]):
     if found != wanted:
         theirs, ours = (
             f"{header['made_by']} (fingerprint {header['fingerprint'][:8]})"
-            if header
-            else "an unknown encoder"
             for header in (found, wanted)
         )
         raise UserError(

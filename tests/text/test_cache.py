@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import cascade.text.cache as cache_module
 from cascade.errors import UserError
@@ -205,6 +206,43 @@ def test_a_truncated_segment_is_noticed_and_made_again(tmp_path, caplog, left):
     cache.ensure(CAPTIONS)
     assert encoder.tokenized == len(lost)
     assert_holds(EmbeddingCache(tmp_path, Toy()), CAPTIONS, Toy())
+
+
+@pytest.mark.parametrize("change", ["states", "keys", "header"])
+def test_a_segment_whose_parts_disagree_is_made_again(tmp_path, caplog, change):
+    EmbeddingCache(tmp_path, Toy()).ensure(CAPTIONS[:8])
+    (victim,) = segments(tmp_path)
+    with safe_open(victim, "np") as file:
+        header = file.metadata()
+    tensors = load_file(victim)
+    if change == "header":
+        header = None
+    else:
+        tensors[change] = tensors[change][1:].copy()
+    save_file(tensors, victim, header)
+    cache = EmbeddingCache(tmp_path, Toy())
+    assert len(cache) == 0 and "is damaged" in caplog.text
+    cache.ensure(CAPTIONS[:8])
+    assert_holds(cache, CAPTIONS[:8], Toy())
+
+
+def test_captions_stored_twice_are_counted_once(tmp_path):
+    EmbeddingCache(tmp_path / "a", Toy()).ensure(CAPTIONS[:8])
+    EmbeddingCache(tmp_path / "b", Toy()).ensure(CAPTIONS[4:12])
+    for segment in segments(tmp_path / "b"):
+        segment.rename(tmp_path / "a" / segment.name)
+    cache = EmbeddingCache(tmp_path / "a", Toy())
+    assert len(cache) == 12
+    assert_holds(cache, CAPTIONS[:12], Toy())
+
+
+def test_keys_that_agree_in_their_first_half_are_told_apart(tmp_path, monkeypatch):
+    whole = cache_module._key
+    monkeypatch.setattr(cache_module, "_key", lambda c: whole(c) * np.array([0, 1], np.uint64))
+    cache = EmbeddingCache(tmp_path, Toy())
+    cache.ensure(CAPTIONS)
+    assert len(cache) == 30 and "a cat" not in cache
+    assert_holds(cache, CAPTIONS, Toy())
 
 
 def test_cut_captions_are_counted(tmp_path, caplog):
