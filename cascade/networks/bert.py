@@ -107,8 +107,8 @@ def from_published(description: Mapping) -> Bert:
     for key, built in _BUILT.items():
         if description[key] != built:
             raise UserError(
-                f"The text encoder's {key} is {description[key]!r}, but only {built!r} is built here;"
-                " choose another encoder."
+                f"The text encoder's {key} is {description[key]!r}, but only {built!r} is built"
+                " here; choose another encoder."
             )
     return Bert(**{field: description[key] for key, field in _FIELDS.items()})
 
@@ -142,8 +142,8 @@ def _tensor(tensors: Mapping[str, np.ndarray], name: str, leaf: str, spec) -> np
     value = value.T if leaf == "kernel" else value
     if value.shape != spec.shape:
         raise UserError(
-            f"The text encoder's weight {name!r} has the shape {tensors[name].shape}, which does not"
-            " fit its config.json; take both from one source."
+            f"The text encoder's weight {name!r} has the shape {tensors[name].shape}, which does"
+            " not fit its config.json; take both from one source."
         )
     if not np.isfinite(value).all():
         raise UserError(
