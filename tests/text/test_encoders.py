@@ -110,6 +110,11 @@ def test_truncation_starts_one_past_the_room_for_words(encoder, words):
     assert ids_of(encoder, "cat " * words) == [CLS, *[4937] * 22, SEP]
 
 
+def test_the_tokenizer_files_own_limit_of_128_tokens_is_lifted():
+    tokens = minilm(max_length=200, weights="").tokenize(["cat " * 150])
+    assert tokens.mask.sum() == 152 and not tokens.truncated.any()
+
+
 def test_a_prompt_of_100000_characters_is_cut_and_said_so(encoder, caplog):
     emb, _ = encoder.encode(["a cat. " * 14286, "a cat. " * 8])
     np.testing.assert_array_equal(emb[0], emb[1])
