@@ -132,7 +132,6 @@ def integrate(sampler: Sampler, denoise: Denoise, z: Array, logsnrs: Array, keys
       logsnrs: [N + 1], increasing: N steps.
       keys: [B] typed random keys, one per picture; step i uses fold_in(key, i).
     """
-
     logsnrs = logsnrs.astype(z.dtype)
 
     def body(state, inputs):
