@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import tempfile
 from pathlib import Path
@@ -10,10 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cascade.data.preprocess import BrokenPicture, Filtered, Preprocess
+from cascade.data.preprocess import BrokenPicture, Filtered, Preprocess, fault
 from cascade.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 class Decoded:
@@ -89,7 +86,7 @@ def _write(source, preprocess: Preprocess, parent: Path, mark: str):
             except Filtered as reason:
                 record["filtered"] = str(reason)
             except Exception as error:  # whatever a reader finds in a damaged record
-                record["broken"] = f"{type(error).__name__}: {error}"
+                record["broken"] = fault(error)
             records.append(record)
         pictures.flush()
         (Path(temporary) / "records.json").write_text(json.dumps(records), encoding="utf-8")

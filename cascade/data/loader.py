@@ -25,6 +25,7 @@ from cascade.data.preprocess import (
     PairCrop,
     Preprocess,
     colour,
+    fault,
 )
 from cascade.data.sources import SOURCES, captions_of
 from cascade.errors import UserError
@@ -112,7 +113,7 @@ class Prepare(NamedTuple):
         except UserError:
             raise
         except Exception as error:  # whatever a reader finds in a damaged record
-            return Skipped(key, f"{type(error).__name__}: {error}", broken=True)
+            return Skipped(key, fault(error), broken=True)
         offset = self.pair.offset(rng if self.train else None)
         return {"caption": record["captions"][choice], **self.pair(picture, offset)}
 

@@ -5,7 +5,10 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
+
+from tqdm import tqdm
 
 from cascade.errors import UserError
 
@@ -92,3 +95,49 @@ def _check_same(folder: Path, settings):
         raise UserError(
             f"{folder} was built with {', '.join(differ)}; choose another --out or remove it."
         )
+
+
+def write_records(source, out: str | Path, shard_size: int = 4096):
+    """Packs any source into ArrayRecord files that the source "array_record" reads.
+
+    A record is a tf.train.Example with the features image (the encoded file), captions and key.
+
+    Args:
+      source: see `cascade.data.sources`; its pictures must be encoded files.
+      out: folder to make; it must not exist.
+      shard_size: records to a file.
+
+    Raises:
+      UserError: `out` exists or can't be written.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out} already exists; choose another folder or remove it.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+            whole = Path(temporary) / out.name
+            whole.mkdir()
+            shards = -(-len(source) // shard_size)
+            progress = tqdm(total=len(source), desc=f"write {out.name}", unit="picture")
+            for shard in range(shards):
+                path = whole / f"{out.name}-{shard:05d}-of-{shards:05d}.array_record"
+                writer = ArrayRecordWriter(str(path), "group_size:1")
+                for i in range(shard * shard_size, min(len(source), (shard + 1) * shard_size)):
+                    record, example = source[i], tf_example_pb2.Example()
+                    feature = example.features.feature
+                    feature["image"].bytes_list.value.append(record["image"])
+                    feature["key"].bytes_list.value.append(record["key"].encode())
+                    feature["captions"].bytes_list.value.extend(
+                        caption.encode() for caption in record["captions"]
+                    )
+                    writer.write(example.SerializeToString())
+                    progress.update()
+                writer.close()
+            progress.close()
+            os.replace(whole, out)
+    except OSError as error:
+        raise UserError(f"Cannot write {out}: {error}; choose another folder.") from error

@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from cascade.errors import UserError
 
@@ -15,6 +15,11 @@ DECOMPRESSION_BOMB = Image.DecompressionBombError  # more pixels than a picture 
 
 class BrokenPicture(Exception):
     """A picture that can't be decoded; the message says why."""
+
+
+def fault(error: Exception) -> str:
+    """What to say of a record that can't be used: an unforeseen error is named by its kind."""
+    return str(error) if isinstance(error, BrokenPicture) else f"{type(error).__name__}: {error}"
 
 
 class Filtered(Exception):
@@ -46,6 +51,8 @@ def decode(data: bytes, ground: tuple[int, int, int]) -> np.ndarray:
         picture = Image.open(io.BytesIO(data))
         picture.load()
         return _to_rgb(ImageOps.exif_transpose(picture), ground)
+    except UnidentifiedImageError as error:
+        raise BrokenPicture("not a picture") from error
     except (OSError, ValueError, SyntaxError, EOFError, OverflowError, DECOMPRESSION_BOMB) as error:
         raise BrokenPicture(str(error) or type(error).__name__) from error
 

@@ -54,6 +54,12 @@ class Tfds:
                 f"There is no data set {dataset!r} in {data_dir!r}; prepare it, as with "
                 f"`cascade data build emoji --out {data_dir}`, or mend `dataset` and `data_dir`."
             ) from error
+        try:
+            template.format("")
+        except (LookupError, ValueError) as error:
+            raise UserError(
+                f"The template {template!r} is wrong; write {{}} for the caption."
+            ) from error
         features = builder.info.features
         for key in (image_key, caption_key):
             if key not in features:
@@ -136,6 +142,14 @@ class ArrayRecord:
             self._count = len(self._records)
         except Exception as error:  # the library raises several kinds
             raise UserError(f"Cannot read {files!r} as ArrayRecord files: {error}.") from error
+        if self._count:
+            features = self._features(0)
+            for key in (image_key, caption_key):
+                if key not in features:
+                    raise UserError(
+                        f"The records of {files!r} have no feature {key!r}; choose from "
+                        f"{', '.join(sorted(features))}."
+                    )
         self.folder = Path(paths[0]).parent
         self.fingerprint = fingerprint(map(Path, paths), self._arguments)
 

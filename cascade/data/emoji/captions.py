@@ -23,7 +23,8 @@ def with_article(label: str) -> str:
     named = not label[0].islower() or ":" in label
     if plural or named or noun in _MASS:
         return label
-    return f"{'an' if label[0] in 'aeio' else 'a'} {label}"
+    vowel = label[0] in "aeiou" and not label.startswith(("uni", "one", "ut"))
+    return f"{'an' if vowel else 'a'} {label}"
 
 
 def single_captions(idea: Idea, style: str, phrase: str) -> list[str]:

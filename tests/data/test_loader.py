@@ -1,0 +1,273 @@
+"""The loader: order, resume, sharding, workers, broken records, evaluation, the decoded cache."""
+
+import io
+import logging
+
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascade.data.loader import make_loader, make_source
+from cascade.errors import UserError
+
+RECORDS = 23
+
+
+class Texts:
+    """A stand-in for the embedding cache: an embedding that spells its caption."""
+
+    def lookup(self, caption: str):
+        codes = np.zeros((40, 1), np.float32)
+        codes[: len(caption), 0] = [ord(c) for c in caption]
+        return codes, codes[:, 0] > 0
+
+
+def spelled(batch) -> list[str]:
+    return ["".join(chr(int(c)) for c in emb[:, 0] if c) for emb in batch["text_emb"]]
+
+
+def picture(i: int, size=(16, 16)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (i * 10, 0, 255 - i * 10)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def name(record: str) -> str:
+    return record.split(" of ")[-1]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Pictures 00..22, each of one colour, with two captions: "first of 07" and "second of 07"."""
+    for i in range(RECORDS):
+        (tmp_path / f"{i:02d}.png").write_bytes(picture(i))
+        (tmp_path / f"{i:02d}.txt").write_text(f"first of {i:02d}\nsecond of {i:02d}")
+    return tmp_path
+
+
+def section(folder, **changes) -> ml_collections.ConfigDict:
+    source = {"name": "folder", "path": str(folder)}
+    return ml_collections.ConfigDict(
+        {
+            "source": source,
+            "eval_source": source,
+            "filter": {"min_side": 0, "max_aspect": 100.0},
+            "ground": "#ffffff",
+            "crop": "centre",
+            "workers": 0,
+            "max_broken_rate": 0.1,
+            "cache_decoded": False,
+            **changes,
+        }
+    )
+
+
+def loader(data, **changes):
+    settings = dict(
+        resolution=8,
+        lowres_resolution=0,
+        crop_resolution=0,
+        embedding=Texts(),
+        seed=0,
+        batch_size=4,
+        train=True,
+    )
+    return make_loader(data, **{**settings, **changes})
+
+
+def take(iterator, count: int) -> list[dict]:
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_same(one: list[dict], two: list[dict]):
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_batches(pictures):
+    batch = next(loader(section(pictures), lowres_resolution=2, crop_resolution=4))
+    assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
+        "image": ((4, 4, 4, 3), "float32"),
+        "lowres": ((4, 1, 1, 3), "float32"),
+        "text_emb": ((4, 40, 1), "float32"),
+        "text_mask": ((4, 40), "bool"),
+    }
+    for text, image, low in zip(spelled(batch), batch["image"], batch["lowres"], strict=True):
+        i = int(name(text))
+        expected = np.array([i * 10, 0, 255 - i * 10]) / 127.5 - 1
+        np.testing.assert_allclose(image, np.broadcast_to(expected, (4, 4, 3)), atol=1e-6)
+        np.testing.assert_allclose(low, np.broadcast_to(expected, (1, 1, 3)), atol=1e-6)
+
+
+def test_each_pass_visits_every_record_once_in_a_new_order(pictures):
+    texts = [t for b in take(loader(section(pictures), batch_size=RECORDS), 2) for t in spelled(b)]
+    first, second = [name(t) for t in texts[:RECORDS]], [name(t) for t in texts[RECORDS:]]
+    everything = [f"{i:02d}" for i in range(RECORDS)]
+    assert sorted(first) == sorted(second) == everything
+    assert first != second and first != everything
+    assert {t.split(" ")[0] for t in texts} == {"first", "second"}
+
+
+def test_order_is_the_seed_s(pictures):
+    data = section(pictures)
+    assert_same(take(loader(data), 12), take(loader(data), 12))
+    one, two = (spelled(next(loader(data, seed=seed, batch_size=RECORDS))) for seed in (0, 1))
+    assert one != two
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_in_the_middle_of_a_pass(pictures, workers):
+    data = section(pictures, workers=workers)
+    unbroken = loader(data)
+    take(unbroken, 7)
+    state = unbroken.get_state()
+    rest = take(unbroken, 8)
+    resumed = loader(data)
+    resumed.set_state(state)
+    assert_same(take(resumed, 8), rest)
+    unbroken.close()
+    resumed.close()
+
+
+def test_workers_change_nothing_but_speed(pictures):
+    (pictures / "03.png").write_bytes(b"broken")
+    alone, helped = (loader(section(pictures, workers=w), resolution=4) for w in (0, 2))
+    assert_same(take(alone, 14), take(helped, 14))
+    helped.close()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_share_the_order_without_overlap(pictures, count):
+    data = section(pictures)
+    whole = [t for b in take(loader(data, batch_size=1), 2 * 3 * RECORDS) for t in spelled(b)]
+    for p in range(count):
+        part = loader(data, batch_size=1, process_index=p, process_count=count)
+        length = len(whole[p::count])
+        assert [t for b in take(part, length) for t in spelled(b)] == whole[p::count]
+
+
+def test_crops_are_drawn_and_lowres_goes_with_them(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(np.dstack([ramp] * 3)).save(tmp_path / "ramp.png")
+    (tmp_path / "ramp.txt").write_text("a ramp")
+    stage = dict(resolution=16, lowres_resolution=4, crop_resolution=8)
+    starts = set()
+    for batch in take(loader(section(tmp_path), **stage), 20):
+        pixels = (batch["image"] + 1) * 127.5
+        for crop, low in zip(pixels, (batch["lowres"] + 1) * 127.5, strict=True):
+            starts.add(round(float(crop[0, 0, 0])))
+            blocks = crop.reshape(2, 4, 2, 4, 3).mean((1, 3))
+            np.testing.assert_allclose(low, blocks, atol=1e-3)
+    assert starts == {16 * row + column for row in (0, 4, 8) for column in (0, 4, 8)}
+
+
+def test_random_crop_of_a_long_picture(tmp_path):
+    wide = np.repeat(np.arange(64, dtype=np.uint8)[None], 8, axis=0)
+    Image.fromarray(np.dstack([wide] * 3)).save(tmp_path / "wide.png")
+    (tmp_path / "wide.txt").write_text("wide")
+    batches = take(loader(section(tmp_path, crop="random")), 100)
+    starts = {round(float(v)) for b in batches for v in (b["image"][:, 0, 0, 0] + 1) * 127.5}
+    assert starts == set(range(57))
+    central = next(loader(section(tmp_path)))["image"]
+    np.testing.assert_allclose((central[0, 0, :, 0] + 1) * 127.5, np.arange(28, 36), atol=1e-4)
+
+
+def test_evaluation_is_one_pass_in_order_with_first_captions(pictures):
+    for count in (1, 2):
+        texts, valid = [], []
+        for p in range(count):
+            part = loader(section(pictures), train=False, process_index=p, process_count=count)
+            batches = list(part)
+            assert len(batches) == -(-RECORDS // (4 * count))
+            texts.append([t for b in batches for t in spelled(b)])
+            valid.append(np.concatenate([b["valid"] for b in batches]))
+        texts = [t for together in zip(*texts, strict=True) for t in together]
+        valid = np.stack(valid, axis=1).ravel()
+        assert valid.sum() == RECORDS and valid[:RECORDS].all()
+        assert texts[:RECORDS] == [f"first of {i:02d}" for i in range(RECORDS)]
+
+
+def test_broken_records_are_logged_and_skipped(pictures, caplog):
+    (pictures / "05.png").write_bytes(picture(5)[:60])
+    with caplog.at_level(logging.WARNING):
+        batches = take(loader(section(pictures, max_broken_rate=0.2)), 20)
+    seen = {name(t) for b in batches for t in spelled(b)}
+    assert seen == {f"{i:02d}" for i in range(RECORDS)} - {"05"}
+    assert "05.png" in caplog.text
+
+
+def test_evaluation_marks_a_broken_record_and_keeps_its_shape(pictures):
+    (pictures / "05.png").write_bytes(b"broken")
+    batches = list(loader(section(pictures), train=False))
+    valid = np.concatenate([b["valid"] for b in batches])
+    assert list(np.flatnonzero(~valid)) == [5, RECORDS]
+    assert {b["image"].shape for b in batches} == {(4, 8, 8, 3)}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_too_many_broken_records_are_fatal(pictures, cached):
+    for i in range(8):
+        (pictures / f"{i:02d}.png").write_bytes(b"broken")
+    data = section(pictures, max_broken_rate=0.1, cache_decoded=cached)
+    with pytest.raises(UserError, match=r"records are broken.*max_broken_rate 0\.1"):
+        take(loader(data), 20)
+    tolerant = section(pictures, max_broken_rate=0.5, cache_decoded=cached)
+    assert len(take(loader(tolerant), 20)) == 20
+
+
+def test_filtered_records_are_no_fault_unless_none_is_left(pictures):
+    (pictures / "05.png").write_bytes(picture(5, (16, 4)))
+    data = section(pictures, filter={"min_side": 5, "max_aspect": 2.0}, max_broken_rate=0.0)
+    seen = {name(t) for b in take(loader(data), 20) for t in spelled(b)}
+    assert len(seen) == RECORDS - 1 and "05" not in seen
+    with pytest.raises(UserError, match="None of"):
+        next(loader(section(pictures, filter={"min_side": 99, "max_aspect": 2.0})))
+
+
+def test_the_decoded_cache_changes_nothing_and_is_reused(pictures, monkeypatch):
+    (pictures / "05.png").write_bytes(b"broken")
+    plain, cached = (section(pictures, cache_decoded=c) for c in (False, True))
+    stage = dict(lowres_resolution=2, crop_resolution=4)
+    expected = take(loader(plain, **stage), 12)
+    assert_same(take(loader(cached, **stage), 12), expected)
+    from cascade.data import decoded
+
+    def forbidden(*arguments):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(decoded, "_write", forbidden)
+    assert_same(take(loader(cached, **stage), 12), expected)
+    with pytest.raises(AssertionError, match="decoded again"):
+        loader(cached, resolution=4)
+    (pictures / "07.png").write_bytes(picture(1))
+    with pytest.raises(AssertionError, match="decoded again"):
+        loader(cached)
+
+
+def test_a_stopped_cache_is_not_read(pictures, monkeypatch):
+    from cascade.data import decoded
+
+    def stop(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    data = section(pictures, cache_decoded=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(decoded.json, "dumps", stop)
+        loader(data)
+    assert list((pictures / ".decoded").iterdir()) == []
+    assert_same(take(loader(data), 6), take(loader(section(pictures)), 6))
+
+
+def test_contradictions_are_named(pictures):
+    with pytest.raises(UserError, match=r"'random'.*cache_decoded"):
+        loader(section(pictures, crop="random", cache_decoded=True))
+    with pytest.raises(UserError, match="crop 'middle'"):
+        loader(section(pictures, crop="middle"))
+    with pytest.raises(UserError, match="lowres_resolution 3"):
+        loader(section(pictures), lowres_resolution=3)
+    with pytest.raises(UserError, match=r"'pth'.*'path'"):
+        make_source(section(pictures, source={"name": "folder", "pth": "x"}), train=True)
