@@ -1,0 +1,350 @@
+"""The bundle: the folder that users share and load.
+
+    cascade.json              version, each stage's config, training length, files; text encoder
+    stage0-00001.safetensors  averaged (EMA) weights, parameter paths joined by "/"
+    tokenizer/…               the text encoder's tokenizer files
+
+`cascade.json` names every other file with its size and SHA-256, and carries its own. Loading runs
+no code from the folder and believes nothing it says: names must stay inside the folder, bytes must
+match their sums, and the tensors must be, to a name and a shape, what the config's network needs.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from cascade.config import from_json, to_json
+from cascade.errors import UserError
+from cascade.registry import build
+from cascade.shards import DTYPES, check_shapes, named, read_shards, write_durably, write_shards
+from cascade.stage import Stage
+from cascade.text.encoders import ENCODERS, TextEncoder
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 16_000_000  # the usual limit of code hosts and mail is above this
+MANIFEST_BYTES = 4_000_000  # a cascade.json is a few kilobytes; more isn't read
+BLANK = "0" * 64  # stands for cascade.json's own sum while that is computed
+FILE_ENTRY = {"name": str, "bytes": int, "sha256": str}
+SAFE_NAME = re.compile(r"(tokenizer/)?[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
+
+
+class TrainedStage(NamedTuple):
+    """A stage and what training made of it."""
+
+    stage: Stage
+    params: Any  # the tree that `stage.init` makes, EMA weights
+    trained_steps: int
+
+
+class Bundle(NamedTuple):
+    """What a bundle holds, checked: stages that fit one another and their text encoder."""
+
+    stages: tuple[TrainedStage, ...]
+    text: dict[str, Any]  # the text section: the encoder's name and its factory's keywords
+    text_encoder: TextEncoder
+
+
+def check_fit(stages: Sequence[TrainedStage], text_encoder: TextEncoder):
+    """Checks that stages make a cascade: each trained, and each fed what it was trained on.
+
+    Raises:
+      UserError: no stage, an untrained one, or one whose resolution, channels or text don't fit.
+    """
+    if not stages:
+        raise UserError("A cascade needs at least one stage; give a trained base stage.")
+    for i, (stage, _, trained_steps) in enumerate(stages):
+        config = stage.config
+        if trained_steps <= 0:
+            raise UserError(
+                f"Stage {i} ({config.resolution}×{config.resolution}) is untrained and would draw "
+                "static; train it first with `cascade train`."
+            )
+        wanted = 0 if i == 0 else stages[i - 1].stage.config.resolution
+        if config.lowres_resolution != wanted:
+            raise UserError(
+                f"Stage {i} has lowres_resolution {config.lowres_resolution} where {wanted} is "
+                "needed (the resolution before it, 0 for stage 0); give the stages base first."
+            )
+        if config.channels != stages[0].stage.config.channels:
+            raise UserError(
+                f"Stage {i} has {config.channels} channels and stage 0 has "
+                f"{stages[0].stage.config.channels}; train them on the same kind of picture."
+            )
+        text = (config.text_length, config.text_width)
+        if text != (text_encoder.max_length, text_encoder.width):
+            raise UserError(
+                f"Stage {i} reads text of {text[0]} tokens × {text[1]}, but the text encoder "
+                f"{text_encoder.name!r} gives {text_encoder.max_length} × {text_encoder.width}; "
+                "use the encoder that every stage was trained with."
+            )
+
+
+def save_bundle(
+    folder: str | os.PathLike,
+    stages: Sequence[TrainedStage],
+    text: Mapping[str, Any],
+    text_encoder: TextEncoder,
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a bundle, as a whole or not at all.
+
+    Args:
+      folder: where to; its parent is made if it's missing.
+      stages: base first.
+      text: the config's text section `{name, **keywords}`, from which loading builds the encoder.
+        A `weights` path is left out, since it means nothing elsewhere; the encoder's fingerprint
+        tells whether the loader has the same weights.
+      text_encoder: the encoder itself.
+      dtype: "float32", or "bfloat16" for half the size at 8 bits of precision.
+      shard_bytes: the most that one weight file may take; a tensor above it has its own file.
+      overwrite: replace a bundle that is there. It is lost only once the new one is in place.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: the stages don't fit, a weight isn't finite or isn't of the stage's network, the
+        folder is taken, or it can't be written.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"A bundle can't hold {dtype!r} weights; choose float32 or bfloat16.")
+    check_fit(stages, text_encoder)
+    folder = Path(folder).resolve()
+    _check_target(folder, overwrite)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        (temporary / "tokenizer").mkdir(parents=True)
+        text_encoder.save_tokenizer(temporary / "tokenizer")
+        tokenizer = sorted(p for p in (temporary / "tokenizer").rglob("*") if p.is_file())
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "sha256": BLANK,
+            "text": {
+                "section": {**text, **({"weights": ""} if "weights" in text else {})},
+                "fingerprint": text_encoder.fingerprint,
+                "files": [_entry(temporary, path) for path in tokenizer],
+            },
+            "stages": [
+                _save_stage(temporary, i, trained, dtype, shard_bytes)
+                for i, trained in enumerate(stages)
+            ],
+        }
+        raw = json.dumps(manifest, indent=1, allow_nan=False).encode()
+        digest = hashlib.sha256(raw).hexdigest().encode()
+        write_durably(temporary / "cascade.json", raw.replace(BLANK.encode(), digest, 1))
+        _move_into_place(temporary, folder)
+    except OSError as error:
+        raise UserError(
+            f"Can't write the bundle {str(folder)!r} ({error.strerror or error}); "
+            "free some space or give another place."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _check_target(folder: Path, overwrite: bool):
+    """Refuses to replace what's there unless it is a bundle and the user said so."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / "cascade.json").is_file():
+        raise UserError(f"{str(folder)!r} exists and isn't a bundle; give a new folder's name.")
+    if not overwrite:
+        raise UserError(
+            f"{str(folder)!r} already holds a bundle; give another name, or ask to overwrite it."
+        )
+
+
+def _move_into_place(temporary: Path, folder: Path):
+    """Renames the finished folder; an old one steps aside first and returns on failure."""
+    old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
+    if folder.exists():
+        os.rename(folder, old)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if old.exists():
+            os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_stage(folder: Path, index: int, trained: TrainedStage, dtype: str, limit: int) -> dict:
+    """Writes one stage's weights and returns its entry of cascade.json."""
+    where = f"stage {index}"
+    check_shapes(where, dict(named(trained.params)), _template(trained.stage))
+    paths = write_shards(folder, f"stage{index}", trained.params, dtype, limit)
+    return {
+        "trained_steps": int(trained.trained_steps),
+        "dtype": dtype,
+        "files": [_entry(folder, path) for path in paths],
+        "config": to_json(trained.stage.config),
+    }
+
+
+def _entry(folder: Path, path: Path) -> dict:
+    data = path.read_bytes()
+    name = path.relative_to(folder).as_posix()
+    return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def load_bundle(folder: str | os.PathLike, text_encoder: TextEncoder | None = None) -> Bundle:
+    """Reads a bundle and checks all of it; nothing in the folder is executed.
+
+    Args:
+      folder: a folder that `save_bundle` wrote.
+      text_encoder: an encoder to use in place of the one that the bundle names, for encoders
+        whose weights the user keeps; it must have the same fingerprint.
+
+    Raises:
+      UserError: anything is missing, damaged, foreign, untrained or doesn't fit, by name.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    text = _fields("text", manifest["text"], {"section": dict, "fingerprint": str, "files": list})
+    for i, entry in enumerate(text["files"]):
+        _read_file(folder, f"tokenizer file {i}", entry)
+    if text_encoder is None:
+        text_encoder = _build_encoder(text["section"])
+    if text_encoder.fingerprint != text["fingerprint"]:
+        raise UserError(
+            f"The text encoder {text_encoder.name!r} isn't the one that {str(folder)!r} was trained"
+            " with (their fingerprints differ); load it with text_encoder= set to that one."
+        )
+    stages = tuple(_load_stage(folder, i, entry) for i, entry in enumerate(manifest["stages"]))
+    check_fit(stages, text_encoder)
+    return Bundle(stages, text["section"], text_encoder)
+
+
+def _read_manifest(folder: Path) -> dict:
+    """Parses cascade.json and checks its version, its own sum and its outline."""
+    path = folder / "cascade.json"
+    if not path.is_file():
+        raise UserError(
+            f"{str(folder)!r} isn't a bundle (it has no file cascade.json); "
+            "give a folder that `cascade bundle` wrote."
+        )
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MANIFEST_BYTES)
+        manifest = json.loads(raw.decode(), parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{str(path)!r} can't be read as JSON ({error}); get the bundle again, whole."
+        ) from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION or isinstance(version, (bool, float)):
+        raise UserError(
+            f"{str(path)!r} says format version {version!r} and this program reads "
+            f"{FORMAT_VERSION}; update cascade, or write the bundle again."
+        )
+    _fields("", manifest, {"format_version": int, "sha256": str, "text": dict, "stages": list})
+    digest = manifest["sha256"].encode(errors="replace")
+    blanked = raw.replace(digest, BLANK.encode(), 1)
+    if len(digest) != 64 or hashlib.sha256(blanked).hexdigest().encode() != digest:
+        raise UserError(
+            f"{str(path)!r} was changed or damaged since it was written (its sha256 is wrong); "
+            "get the bundle again, or write it anew with `cascade bundle`."
+        )
+    return manifest
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} isn't JSON")
+
+
+def _fields(where: str, value: Any, types: Mapping[str, type]) -> dict:
+    """Checks that a JSON value is an object with exactly these keys, each of its type."""
+    where = f"`{where}` of cascade.json" if where else "cascade.json"
+    if not isinstance(value, dict) or set(value) != set(types):
+        raise UserError(
+            f"The bundle's {where} must be an object with the keys {', '.join(types)}; "
+            "write the bundle again with `cascade bundle`."
+        )
+    for key, expected in types.items():
+        if type(value[key]) is not expected:
+            raise UserError(
+                f"The bundle's {where} has {key} = {str(value[key])[:40]!r}, where "
+                f"{expected.__name__} is needed; write the bundle again with `cascade bundle`."
+            )
+    return value
+
+
+def _read_file(folder: Path, where: str, entry: Any) -> bytes:
+    """The bytes of a file that cascade.json names, once they are proved to be its."""
+    _fields(where, entry, FILE_ENTRY)
+    name = entry["name"]
+    path = folder / name
+    try:
+        inside = SAFE_NAME.fullmatch(name) and path.resolve().is_relative_to(folder.resolve())
+        if not inside:
+            raise UserError(
+                f"cascade.json names the file {name[:80]!r}, which may lie outside the bundle; "
+                "don't trust this bundle, and get it from its maker."
+            )
+        if not path.is_file():
+            raise UserError(f"The bundle has no file {name!r}; get the bundle again, whole.")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise UserError(
+                f"{name!r} has {size} bytes where {entry['bytes']} were written (a broken copy?); "
+                "get the bundle again, whole."
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"Can't read {name!r} of the bundle ({error.strerror}); check its permissions."
+        ) from error
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise UserError(
+            f"{name!r} is damaged (its sha256 differs from cascade.json's); get the bundle again."
+        )
+    return data
+
+
+def _build_encoder(section: Mapping[str, Any]) -> TextEncoder:
+    """The text encoder a bundle names; it may not name a weights file, least of all by path."""
+    if section.get("weights"):
+        raise UserError(
+            f"The bundle names a text encoder's weights file ({str(section['weights'])[:80]!r}), "
+            "which a bundle may not do; write it again with `cascade bundle`."
+        )
+    return build("text encoder", ENCODERS, section)
+
+
+def _load_stage(folder: Path, index: int, entry: Any) -> TrainedStage:
+    """Reads one stage: its config makes the network, and the network says what to expect."""
+    where = f"stage {index}"
+    types = {"trained_steps": int, "dtype": str, "files": list, "config": dict}
+    _fields(where, entry, types)
+    if entry["dtype"] not in DTYPES:
+        raise UserError(f"{where} has dtype {entry['dtype'][:40]!r}; float32 or bfloat16 is known.")
+    try:
+        stage = Stage(from_json(entry["config"]))
+        template = _template(stage)
+    except Exception as error:  # a config from outside can fail anywhere in the network's code
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"The config of {where} makes no network: {reason.rstrip('.')}; "
+            "write the bundle again with `cascade bundle`."
+        ) from error
+    names = [_fields(f"{where}, file", file, FILE_ENTRY)["name"] for file in entry["files"]]
+    contents = (_read_file(folder, f"{where}, file", file) for file in entry["files"])
+    params = read_shards(where, zip(names, contents, strict=True), entry["dtype"], template)
+    return TrainedStage(stage, params, entry["trained_steps"])
+
+
+def _template(stage: Stage) -> Any:
+    """Shapes and dtypes of a stage's parameters, without computing any."""
+    return jax.eval_shape(stage.init, jax.random.key(0))

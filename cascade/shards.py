@@ -1,0 +1,130 @@
+"""Weights of one network as safetensors files: parameter paths joined by "/", small shards.
+
+Reading runs no code and believes nothing: what the files hold must be, to a name, a shape and a
+dtype, what the network asks for.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save as to_safetensors
+
+from cascade.errors import UserError
+
+DTYPES = {"float32": ("F32", np.dtype("float32")), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
+HEADER = 200  # bytes a tensor takes in a file's header besides its name, generously
+
+
+def write_shards(folder: Path, stem: str, params: Any, dtype: str, shard_bytes: int) -> list[Path]:
+    """Writes `stem-00001.safetensors`, … each of at most `shard_bytes`, or of one larger tensor.
+
+    Args:
+      params: a tree of arrays.
+      dtype: a key of `DTYPES`; values are rounded to it.
+
+    Raises:
+      UserError: a value isn't finite, in `params` or once it is rounded.
+    """
+    shards, room = [], 0
+    for name, leaf in named(params):
+        tensor = np.ascontiguousarray(np.asarray(leaf), dtype=DTYPES[dtype][1])
+        check_finite(stem, name, tensor)
+        size = tensor.nbytes + len(name) + HEADER
+        if size > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= size
+    paths = [folder / f"{stem}-{i + 1:05d}.safetensors" for i in range(len(shards))]
+    for path, shard in zip(paths, shards, strict=True):
+        write_durably(path, to_safetensors(shard))
+    return paths
+
+
+def read_shards(where: str, files: Iterable[tuple[str, bytes]], dtype: str, template: Any) -> Any:
+    """The parameter tree that files hold, as arrays of the template's dtypes.
+
+    Args:
+      where: whose weights, for messages: "stage 0".
+      files: (name, contents) of each file.
+      dtype: a key of `DTYPES`, which every tensor must have.
+      template: a tree of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      UserError: a file that can't be parsed; a tensor that is missing, foreign, double, of another
+        shape or dtype, or not finite.
+    """
+    code, numpy_dtype = DTYPES[dtype]
+    tensors = {}
+    for file, data in files:
+        try:
+            contents = deserialize(data)
+        except SafetensorError as error:
+            raise UserError(
+                f"{file!r} isn't a safetensors file ({error}); get the bundle again, whole."
+            ) from error
+        for name, tensor in contents:
+            if name in tensors or tensor["dtype"] != code:
+                fault = "comes twice" if name in tensors else f"is {tensor['dtype']}, not {code}"
+                raise UserError(
+                    f"The tensor {name!r} in {file!r} {fault}; write the bundle again with "
+                    "`cascade bundle`."
+                )
+            tensors[name] = np.frombuffer(tensor["data"], numpy_dtype).reshape(tensor["shape"])
+    check_shapes(where, tensors, template)
+    for name, tensor in tensors.items():
+        check_finite(where, name, tensor)
+    leaves = [tensors[name].astype(leaf.dtype) for name, leaf in named(template)]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def named(tree: Any) -> list[tuple[str, Any]]:
+    """A tree's leaves with their paths joined by "/"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def check_shapes(where: str, tensors: Mapping[str, Any], template: Any):
+    """Holds named arrays against the network they are for.
+
+    Raises:
+      UserError: an array that is missing, foreign, or of another shape.
+    """
+    wanted = dict(named(template))
+    missing = [name for name in wanted if name not in tensors]
+    foreign = [name for name in tensors if name not in wanted]
+    if missing or foreign:
+        name, fault = (missing[0], "is missing") if missing else (foreign[0], "isn't part of it")
+        raise UserError(
+            f"The weights of {where} don't match its network: {name!r} {fault} ({len(missing)} "
+            f"missing, {len(foreign)} foreign); use the config that they were trained with."
+        )
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != wanted[name].shape:
+            raise UserError(
+                f"The tensor {name!r} of {where} has the shape {tuple(tensor.shape)} and its "
+                f"network needs {wanted[name].shape}; use the config it was trained with."
+            )
+
+
+def check_finite(where: str, name: str, tensor: np.ndarray):
+    """Raises a UserError where an array holds NaN or infinity."""
+    if not np.isfinite(tensor.astype(np.float32)).all():
+        raise UserError(
+            f"The tensor {name!r} of {where} has NaN or infinite values, so its training diverged; "
+            "take an earlier checkpoint."
+        )
+
+
+def write_durably(path: Path, data: bytes):
+    """Writes a file and waits until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,318 @@
+"""Same seed, same picture: whatever the batch, before and after saving, alone or in the cascade."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from tiny_cascade import TEXT, WordEncoder, stage_config, tiny_cascade, tiny_stages, trained
+
+import cascade
+from cascade import images, sample
+from cascade.bundle import TrainedStage
+from cascade.errors import UserError
+from cascade.pipeline import Cascade
+
+PROMPTS = ["a red apple", "two blue birds", "moon"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_cascade()
+
+
+@pytest.fixture(scope="module")
+def base():
+    """The first stage alone, where one is enough."""
+    return Cascade(tiny_stages()[:1], TEXT, WordEncoder())
+
+
+@pytest.fixture(scope="module")
+def drawn(pipe):
+    """[base, enlarged] of three pictures for each of three prompts, in one batch."""
+    return pipe(PROMPTS, num_images=3, batch_size=9, return_stages=True, progress=False)
+
+
+def spread(a, b):
+    return np.abs(a.astype(int) - b.astype(int)).max()
+
+
+# ------------------------------------------------------------------------------ the same picture
+
+
+def test_pictures_are_uint8_and_one_size_up_a_stage(drawn):
+    assert [x.shape for x in drawn] == [(9, 8, 8, 3), (9, 16, 16, 3)]
+    assert all(x.dtype == np.uint8 for x in drawn)
+
+
+def test_every_picture_is_another(drawn):
+    for stage in drawn:
+        for i in range(9):
+            for j in range(i):
+                assert spread(stage[i], stage[j]) > 20
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_batch_does_not_matter(pipe, drawn, batch_size):
+    again = pipe(PROMPTS, num_images=3, batch_size=batch_size, return_stages=True, progress=False)
+    for a, b in zip(again, drawn, strict=True):
+        assert spread(a, b) <= 1
+
+
+def test_neither_do_the_pictures_drawn_before(pipe, drawn):
+    last = pipe(PROMPTS[2], num_images=2, first_index=7, return_stages=True, progress=False)
+    for a, b in zip(last, drawn, strict=True):
+        assert spread(a, b[7:]) <= 1
+
+
+def test_the_same_picture_bit_for_bit_from_a_bundle(pipe, drawn, tmp_path):
+    loaded = cascade.load(pipe.save(tmp_path / "b"), WordEncoder())
+    again = loaded(PROMPTS, num_images=3, batch_size=9, return_stages=True, progress=False)
+    for a, b in zip(again, drawn, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_another_seed_is_another_picture(base):
+    first, second = (base("moon", seed=seed, progress=False) for seed in (0, 2**32 - 1))
+    assert spread(first, second) > 20
+
+
+def test_enlarging_a_saved_picture_is_what_the_cascade_does(pipe, drawn, tmp_path):
+    files = [images.save_png(tmp_path / f"{i}.png", x) for i, x in enumerate(drawn[0][:3])]
+    pictures = [images.read_image(file) for file in files]
+    big = pipe.upscale(pictures, PROMPTS[0], batch_size=3, progress=False)
+    assert spread(big, drawn[1][:3]) <= 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"guidance": 4.0},
+        {"guidance": (2.0, 1.0)},
+        {"negative_prompt": "moon"},
+        {"steps": (3, 2)},
+        {"aug_level": 0.6},
+        {"sampler": "ddim"},
+        {"sampler": {"name": "ancestral", "gamma": 1.0}},
+    ],
+)
+def test_each_setting_changes_the_picture(pipe, drawn, change):
+    other = pipe(PROMPTS[0], num_images=3, return_stages=True, progress=False, **change)
+    assert spread(other[1], drawn[1][:3]) > 1
+    same_base = "aug_level" in change or change in ({"guidance": (2.0, 1.0)}, {"steps": (3, 2)})
+    assert (spread(other[0], drawn[0][:3]) <= 1) == same_base
+
+
+def test_one_program_serves_prompts_seeds_weights_and_levels(pipe):
+    cached = [stage.draw._cache_size() for stage in pipe.stages]
+    settings = {"steps": 2, "progress": False}
+    pipe("moon", 2, **settings)
+    fresh = [stage.draw._cache_size() for stage in pipe.stages]
+    assert [after - before for before, after in zip(cached, fresh, strict=True)] == [1, 1]
+    pipe(["", "a very long prompt of many words"], 1, 5, guidance=7.5, **settings)
+    pipe("moon", 2, 9, guidance=0.0, negative_prompt="sun", aug_level=0.9, **settings)
+    pipe("moon", 4, batch_size=2, **settings)
+    pipe("moon", 3, batch_size=2, **settings)
+    assert [stage.draw._cache_size() for stage in pipe.stages] == fresh
+    pipe("moon", 2, guidance=1.0, **settings)
+    assert [stage.draw._cache_size() for stage in pipe.stages] == [n + 1 for n in fresh]
+
+
+def test_not_square(pipe):
+    small, big = pipe("moon", size=(4, 12), return_stages=True, progress=False)
+    assert small.shape == (1, 4, 12, 3) and big.shape == (1, 8, 24, 3)
+    assert pipe.upscale(small, "moon", progress=False).shape == (1, 16, 48, 3)
+
+
+# ------------------------------------------------------------------------------------- the text
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_the_null_condition_and_said_so(base, prompt, caplog):
+    with caplog.at_level(logging.WARNING):
+        empty = base(prompt, guidance=1.0, progress=False)
+    assert "unconditional" in caplog.text
+    # Guidance 0 looks at the null condition alone.
+    null = base("moon", guidance=0.0, progress=False)
+    assert spread(empty, null) <= 1
+
+
+def test_a_long_prompt_is_cut_and_said_so(base, caplog):
+    with caplog.at_level(logging.WARNING):
+        long = base("moon " * 20_000, progress=False)
+    assert "cut off" in caplog.text
+    assert spread(long, base("moon moon moon moon", progress=False)) == 0
+
+
+def test_an_empty_negative_prompt_goes_without_saying(base, caplog):
+    base("moon", negative_prompt="", progress=False)
+    assert not caplog.text
+
+
+def test_with_the_real_text_encoder(tmp_path, caplog):
+    from cascade.text.encoders import minilm
+
+    section = {"name": "minilm", "max_length": 8, "weights": ""}
+    stage = trained(stage_config(8, 0, text_width=384, text_length=8))
+    whole = Cascade([stage], section, minilm(max_length=8, weights=""))
+    whole.save(tmp_path / "b")
+    loaded = cascade.load(tmp_path / "b")
+    prompts = ["a red apple", "", "word " * 1000]
+    a, b = (each(prompts, batch_size=3, progress=False) for each in (whole, loaded))
+    np.testing.assert_array_equal(a, b)
+    assert spread(a[0], a[1]) > 20
+    assert "unconditional" in caplog.text and "cut off" in caplog.text
+    with pytest.raises(UserError, match="surrogate"):
+        loaded("\ud800", progress=False)
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": ["a", None]}, "prompt"),
+        ({"prompt": "a\ud800"}, "surrogate"),
+        ({"num_images": 0}, "num_images"),
+        ({"num_images": 1.5}, "num_images"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"seed": "x"}, "seed"),
+        ({"first_index": -1}, "first_index"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"steps": 0}, "[Ss]teps"),
+        ({"steps": (3, -1)}, "[Ss]teps"),
+        ({"steps": 2.5}, "steps"),
+        ({"steps": (3, 3, 3)}, "3 values.*2 stages"),
+        ({"steps": "3"}, "steps"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"guidance": (1.0, float("inf"))}, "guidance"),
+        ({"guidance": ()}, "0 values"),
+        ({"aug_level": 1.1}, "aug_level"),
+        ({"aug_level": -0.1}, "aug_level"),
+        ({"aug_level": float("nan")}, "aug_level"),
+        ({"sampler": "dim"}, "ddim"),
+        ({"sampler": {"name": "ddim", "eta": 1.0}}, "eta"),
+        ({"size": 8}, "size"),
+        ({"size": (8,)}, "size"),
+        ({"size": (8, 0)}, "size"),
+        ({"size": (8, 9)}, "multiples of 2"),
+        ({"negative_prompt": None}, "negative_prompt"),
+        ({"negative_prompt": "\ud800"}, "surrogate"),
+    ],
+)
+def test_bad_arguments_are_said_in_a_sentence(pipe, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        pipe(**{"prompt": "moon", "progress": False, **arguments})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stage": 0}, "Stage 0 can't"),
+        ({"stage": 2}, "Stage 2 can't"),
+        ({"stage": -1}, "stage"),
+        ({"prompt": ["a", "b"]}, "2 prompts"),
+        ({"images": []}, "picture"),
+        ({"seed": -1}, "seed"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_bad_arguments_of_upscale(pipe, arguments, message):
+    with pytest.raises(UserError, match=message):
+        pipe.upscale(**{"images": np.zeros((8, 8, 3), np.uint8), "progress": False, **arguments})
+
+
+def test_a_picture_to_enlarge_may_have_any_size(pipe, caplog):
+    photo = Image.effect_noise((50, 33), 80).convert("RGB")
+    assert pipe.upscale(photo, progress=False).shape == (1, 16, 24, 3)
+    assert "shrunk" in caplog.text
+
+
+def test_stages_that_do_not_fit_or_were_not_trained(pipe):
+    base, doubling = tiny_stages()
+    for stages, message in [
+        ([base._replace(trained_steps=0), doubling], "untrained"),
+        ([doubling], "lowres_resolution"),
+        ([], "at least one"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            Cascade(stages, TEXT, WordEncoder())
+
+
+def test_a_diverged_stage_is_not_drawn_as_static():
+    stage, params, steps = tiny_stages()[0]
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    with pytest.raises(UserError, match="NaN"):
+        Cascade([TrainedStage(stage, broken, steps)], TEXT, WordEncoder())("moon", progress=False)
+
+
+def test_importing_cascade_does_not_import_jax():
+    code = "import sys, cascade; assert 'jax' not in sys.modules; cascade.load"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError):
+        cascade.lod  # noqa: B018
+
+
+# ------------------------------------------------------------------------------------- the jobs
+
+
+@pytest.fixture
+def loadable(pipe, monkeypatch):
+    """Lets the jobs load the tiny cascade by any name."""
+    monkeypatch.setattr(sample, "load", lambda folder: pipe)
+
+
+def test_the_sample_job_writes_pictures_that_tell_how_they_were_made(loadable, drawn, tmp_path):
+    *pictures, sheet = sample.sample_to_folder(
+        "b", PROMPTS, tmp_path / "new" / "out", num_images=3, guidance=(2.0, 2.0), progress=False
+    )
+    assert len(pictures) == 9 and sheet.exists()
+    for i, path in enumerate(pictures):
+        assert spread(images.read_image(path), drawn[1][i]) <= 1
+        texts = images.read_metadata(path)
+        assert (texts["prompt"], texts["seed"], texts["index"]) == (PROMPTS[i // 3], "0", str(i))
+        stages = json.loads(texts["settings"])["stages"]
+        assert [stage["steps"] for stage in stages] == [3, 3]
+
+
+def test_the_upscale_job(loadable, drawn, tmp_path):
+    small = images.save_png(tmp_path / "small.png", drawn[0][0])
+    big = sample.upscale_to_file(
+        "b", small, tmp_path / "big.png", prompt=PROMPTS[0], progress=False
+    )
+    assert spread(images.read_image(big), drawn[1][0]) <= 1
+    assert images.read_metadata(big)["prompt"] == PROMPTS[0]
+
+
+def test_an_output_folder_that_cannot_be_written_stops_before_sampling(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load", lambda folder: pytest.fail("went on"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        sample.sample_to_folder("b", ["moon"], tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="file"):
+        sample.upscale_to_file("b", "x.png", tmp_path / "file" / "big.png")
+
+
+@pytest.mark.parametrize("size", ["8", "8x", "axb", "-8x8", "8x8x8", ""])
+def test_a_size_that_cannot_be_read(loadable, tmp_path, size):
+    with pytest.raises(UserError, match="HEIGHTxWIDTH"):
+        sample.sample_to_folder("b", ["moon"], tmp_path, size=size)
+
+
+def test_the_command_line_ends_with_a_sentence_and_code_2(tmp_path):
+    from cascade.cli import main
+
+    arguments = ["sample", "--bundle", str(tmp_path), "--prompt", "moon", "--out", str(tmp_path)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "isn't a bundle" in result.output and "Traceback" not in result.output
