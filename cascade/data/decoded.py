@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cascade.data.preprocess import BrokenPicture, Filtered, Preprocess, fault
+from cascade.data.preprocess import BrokenPicture, Filtered, Preprocess
+from cascade.data.sources import read_record
 from cascade.errors import UserError
 
 
@@ -80,13 +81,13 @@ def _write(source, preprocess: Preprocess, parent: Path, mark: str):
         for i in tqdm(range(len(source)), f"decode at {side}", unit="picture", disable=None):
             record = {"key": str(i)}
             try:
-                read = source[i]
+                read = read_record(source, i)
                 record = {"key": read["key"], "captions": read["captions"]}
                 pictures[i] = preprocess(read["image"])
             except Filtered as reason:
                 record["filtered"] = str(reason)
-            except Exception as error:  # whatever a reader finds in a damaged record
-                record["broken"] = fault(error)
+            except BrokenPicture as reason:
+                record["broken"] = str(reason)
             records.append(record)
         pictures.flush()
         (Path(temporary) / "records.json").write_text(json.dumps(records), encoding="utf-8")

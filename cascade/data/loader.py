@@ -10,7 +10,7 @@ import atexit
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -25,9 +25,8 @@ from cascade.data.preprocess import (
     PairCrop,
     Preprocess,
     colour,
-    fault,
 )
-from cascade.data.sources import SOURCES, captions_of
+from cascade.data.sources import SOURCES, captions_of, read_record
 from cascade.errors import UserError
 from cascade.registry import build
 
@@ -39,17 +38,10 @@ READY_BATCHES = 2
 RATE_WINDOW = 100
 
 
-class EmbeddingLookup(Protocol):
-    """What the loader asks of the embedding cache."""
-
-    def lookup(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
-        """Caption -> (text_emb [L, D] float32, text_mask [L] bool)."""
-
-
 class Skipped(NamedTuple):
     """Takes the place of a record that can't be used, so that someone can count it."""
 
-    key: str
+    record: int
     reason: str
     broken: bool
 
@@ -100,20 +92,12 @@ class Prepare(NamedTuple):
         index = self.order(position)
         if index is None:
             return PADDING
-        key = str(index)
         try:
-            record = self.source[index]
-            key = record["key"]
-            if not record["captions"]:
-                raise BrokenPicture("it has no caption")
-            choice = int(rng.integers(len(record["captions"]))) if self.train else 0
+            record = read_record(self.source, index)
             picture = self.preprocess(record["image"], rng if self.random_crop else None)
-        except Filtered as reason:
-            return Skipped(key, str(reason), broken=False)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a reader finds in a damaged record
-            return Skipped(key, fault(error), broken=True)
+        except (BrokenPicture, Filtered) as reason:
+            return Skipped(index, str(reason), isinstance(reason, BrokenPicture))
+        choice = int(rng.integers(len(record["captions"]))) if self.train else 0
         offset = self.pair.offset(rng if self.train else None)
         return {"caption": record["captions"][choice], **self.pair(picture, offset)}
 
@@ -121,7 +105,10 @@ class Prepare(NamedTuple):
         """A black picture with some caption of the source."""
         side = self.preprocess.resolution
         black = self.pair(np.zeros((side, side, 3), np.uint8), self.pair.offset(None))
-        return {"caption": next(captions_of(self.source)), **black}
+        caption = next(captions_of(self.source), None)
+        if caption is None:
+            raise UserError("No record of the evaluation source can be read; mend the data.")
+        return {"caption": caption, **black}
 
 
 class Judge:
@@ -143,16 +130,16 @@ class Judge:
         self.broken += element.broken
         self.filtered += not element.broken
         if element.broken:
-            log.warning("Skipped broken record %s: %s", element.key, element.reason)
+            log.warning("Skipped broken record %s: %s", element.record, element.reason)
             if self.broken > self._max_rate * max(self.seen, RATE_WINDOW):
                 raise UserError(
                     f"{self.broken} of the first {self.seen} records are broken, more than "
-                    f"max_broken_rate {self._max_rate} allows (the last: {element.key}, "
+                    f"max_broken_rate {self._max_rate} allows (the last: number {element.record}, "
                     f"{element.reason}); mend the data or raise the rate."
                 )
         if self.broken + self.filtered == self.seen >= self._records:
             raise UserError(
-                f"None of {self.seen} records is usable (the last: {element.key}, "
+                f"None of {self.seen} records is usable (the last: number {element.record}, "
                 f"{element.reason}); mend the data or loosen the filter."
             )
         return False
@@ -178,7 +165,7 @@ class Fill:
 class Collate(NamedTuple):
     """Prepared pictures -> one batch of arrays, see `make_loader`."""
 
-    embedding: EmbeddingLookup
+    embedding: Any
 
     def __call__(self, elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         """Stacks, scales to [-1, 1] and looks the captions up."""
@@ -215,7 +202,7 @@ def make_loader(
     resolution: int,
     lowres_resolution: int,
     crop_resolution: int,
-    embedding: EmbeddingLookup,
+    embedding: Any,
     seed: int,
     batch_size: int,
     train: bool,
@@ -235,7 +222,8 @@ def make_loader(
       resolution: side of the whole pictures; with `crop_resolution` 0, of the batch's too.
       lowres_resolution: side of a super-resolution stage's input, 0 for none.
       crop_resolution: side of a super-resolution stage's training crops, 0 for whole pictures.
-      embedding: finds a caption's embedding.
+      embedding: its `lookup(caption)` gives (text_emb [L, D] float32, text_mask [L] bool), as
+        `cascade.text.cache.EmbeddingCache` does; it stays in this process.
       seed: decides order, captions and crops.
       batch_size: of one process.
       train: which source, and which of the two ways above.
@@ -269,28 +257,28 @@ def make_loader(
     pair = PairCrop(resolution, lowres_resolution, crop_resolution).check()
     order = Order(len(source), seed if train else None)
     prepare = Prepare(source, order, preprocess, pair, train, random_crop)
-    judge = Judge(len(source), section["max_broken_rate"])
-
     together = batch_size * process_count
     positions = ENDLESS if train else -(-len(source) // together) * together
     # The generator belongs to the position in the common order, so it comes before the slice.
     prepared = grain.MapDataset.range(positions).seed(seed).random_map(prepare)
-    prepared = prepared[process_index::process_count]
-    stream = prepared.to_iter_dataset(grain.ReadOptions(num_threads=0))
-    if section["workers"]:
-        if not flags.FLAGS.is_parsed():  # grain reads its own flags, which only absl programs parse
-            flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=section["workers"]))
-    if train:
-        stream = stream.filter(judge)
-    else:
-        blank = prepare.blank()
-        stream = stream.map(Fill(blank, judge))
+    stream = _in_workers(prepared[process_index::process_count], section["workers"])
+    judge = Judge(len(source), section["max_broken_rate"])
+    stream = stream.filter(judge) if train else stream.map(Fill(prepare.blank(), judge))
     batches = stream.batch(batch_size, drop_remainder=True, batch_fn=Collate(embedding))
     # A thread makes the next batches while a step runs; the state stays that of the last one given.
     loader = iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=READY_BATCHES))
     atexit.register(_close, weakref.ref(loader))  # left to the interpreter's end, it would complain
     return loader
+
+
+def _in_workers(prepared: grain.MapDataset, workers: int) -> grain.IterDataset:
+    """The data set as a stream, made in this process or in spawned ones; the order is the same."""
+    stream = prepared.to_iter_dataset(grain.ReadOptions(num_threads=0))
+    if workers == 0:
+        return stream
+    if not flags.FLAGS.is_parsed():  # grain reads its own flags, which only absl programs parse
+        flags.FLAGS.mark_as_parsed()
+    return stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
 def _close(loader: weakref.ref):

@@ -8,13 +8,16 @@ captions alone, without decoding a picture. `source.folder` is where it lies (No
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cascade.data.fingerprint import fingerprint
 from cascade.data.folder import Folder
+from cascade.data.preprocess import BrokenPicture, Filtered
 from cascade.errors import UserError
 
 
@@ -109,7 +112,7 @@ class Tfds:
 
 def _text(value, names: list[str] | None) -> str:
     if isinstance(value, bytes):
-        return value.decode("utf-8")
+        return value.decode("utf-8", errors="replace")
     return names[int(value)] if names else str(value)
 
 
@@ -175,7 +178,10 @@ class ArrayRecord:
         return tf_example_pb2.Example.FromString(self._records[i]).features.feature
 
     def _texts(self, features) -> list[str]:
-        return [v.decode("utf-8") for v in features[self._arguments[2]].bytes_list.value]
+        return [
+            v.decode("utf-8", errors="replace")
+            for v in features[self._arguments[2]].bytes_list.value
+        ]
 
 
 def folder(path: str) -> Folder:
@@ -231,7 +237,30 @@ SOURCES = {
 }
 
 
+def read_record(source, i: int) -> dict:
+    """Record i.
+
+    Raises:
+      BrokenPicture: it can't be read, or has no caption.
+    """
+    record = _sound(source.__getitem__, i)
+    if not record["captions"]:
+        raise BrokenPicture("it has no caption")
+    return record
+
+
 def captions_of(source) -> Iterator[str]:
-    """Every caption of every record, repeats included, without decoding pictures."""
+    """Every caption of every record that can be read, repeats included, decoding no picture."""
     for i in range(len(source)):
-        yield from source.captions(i)
+        with suppress(BrokenPicture):
+            yield from _sound(source.captions, i)
+
+
+def _sound(read: Callable[[int], Any], i: int):
+    """read(i), with whatever a library says of a damaged record as BrokenPicture."""
+    try:
+        return read(i)
+    except (BrokenPicture, Filtered, UserError):
+        raise
+    except Exception as error:
+        raise BrokenPicture(f"{type(error).__name__}: {error}") from error

@@ -251,7 +251,8 @@ source = tfds("emoji/demo", {str(tmp_path)!r}, "train", "image", "captions", "{{
 assert source[0]["captions"]
 assert "tensorflow" not in sys.modules and "jax" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", program], check=True, stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
