@@ -165,6 +165,16 @@ def test_a_picture_does_not_depend_on_its_batch(name):
     assert np.abs(together[0] - together[1]).max() > 0.1
 
 
+@pytest.mark.parametrize("name", ODE_SECTIONS)
+def test_a_known_picture_is_followed_exactly_in_any_number_of_steps(name):
+    keys = picture_keys(2)
+    eps, x = (process.picture_noise(picture_keys(2, seed), (4, 4, 3)) for seed in (1, 2))
+    levels = jnp.array([-6.0, -1.0, 4.0])
+    z = process.diffuse(x, eps, levels[0])
+    result = samplers.integrate(build(name), lambda *_: Denoised(x), z, levels, keys)
+    np.testing.assert_allclose(result, process.diffuse(x, eps, levels[-1]), atol=1e-5)
+
+
 def test_2m_starts_as_ddim():
     keys = picture_keys(3)
     z_1 = process.picture_noise(keys, (4, 4, 3))
