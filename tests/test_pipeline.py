@@ -10,32 +10,36 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from tiny_cascade import TEXT, WordEncoder, stage_config, tiny_cascade, tiny_stages, trained
+from tiny_cascade import TEXT, WordEncoder, stage_config, tiny_stages, trained
 
 import cascade
 from cascade import images, sample
-from cascade.bundle import TrainedStage
 from cascade.errors import UserError
 from cascade.pipeline import Cascade
 
-PROMPTS = ["a red apple", "two blue birds", "moon"]
+PROMPTS = ["a red apple", "two blue birds"]
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return tiny_cascade()
+def stages():
+    return tiny_stages()
 
 
 @pytest.fixture(scope="module")
-def base():
+def pipe(stages):
+    return Cascade(stages, TEXT, WordEncoder())
+
+
+@pytest.fixture(scope="module")
+def base(stages):
     """The first stage alone, where one is enough."""
-    return Cascade(tiny_stages()[:1], TEXT, WordEncoder())
+    return Cascade(stages[:1], TEXT, WordEncoder())
 
 
 @pytest.fixture(scope="module")
 def drawn(pipe):
-    """[base, enlarged] of three pictures for each of three prompts, in one batch."""
-    return pipe(PROMPTS, num_images=3, batch_size=9, return_stages=True, progress=False)
+    """[base, enlarged] of four pictures for each of two prompts, in one batch."""
+    return pipe(PROMPTS, num_images=4, batch_size=8, return_stages=True, progress=False)
 
 
 def spread(a, b):
@@ -46,34 +50,34 @@ def spread(a, b):
 
 
 def test_pictures_are_uint8_and_one_size_up_a_stage(drawn):
-    assert [x.shape for x in drawn] == [(9, 8, 8, 3), (9, 16, 16, 3)]
+    assert [x.shape for x in drawn] == [(8, 8, 8, 3), (8, 16, 16, 3)]
     assert all(x.dtype == np.uint8 for x in drawn)
 
 
 def test_every_picture_is_another(drawn):
     for stage in drawn:
-        for i in range(9):
+        for i in range(8):
             for j in range(i):
                 assert spread(stage[i], stage[j]) > 20
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_batch_does_not_matter(pipe, drawn, batch_size):
-    again = pipe(PROMPTS, num_images=3, batch_size=batch_size, return_stages=True, progress=False)
+    again = pipe(PROMPTS, num_images=4, batch_size=batch_size, return_stages=True, progress=False)
     for a, b in zip(again, drawn, strict=True):
         assert spread(a, b) <= 1
 
 
 def test_neither_do_the_pictures_drawn_before(pipe, drawn):
-    last = pipe(PROMPTS[2], num_images=2, first_index=7, return_stages=True, progress=False)
+    last = pipe(PROMPTS[1], first_index=7, return_stages=True, progress=False)
     for a, b in zip(last, drawn, strict=True):
-        assert spread(a, b[7:]) <= 1
+        assert spread(a[0], b[7]) <= 1
 
 
-def test_the_same_picture_bit_for_bit_from_a_bundle(pipe, drawn, tmp_path):
+def test_the_same_picture_bit_for_bit_from_a_bundle(pipe, tmp_path):
     loaded = cascade.load(pipe.save(tmp_path / "b"), WordEncoder())
-    again = loaded(PROMPTS, num_images=3, batch_size=9, return_stages=True, progress=False)
-    for a, b in zip(again, drawn, strict=True):
+    before, after = (each("moon", return_stages=True, progress=False) for each in (pipe, loaded))
+    for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -97,8 +101,6 @@ def test_enlarging_a_saved_picture_is_what_the_cascade_does(pipe, drawn, tmp_pat
         {"negative_prompt": "moon"},
         {"steps": (3, 2)},
         {"aug_level": 0.6},
-        {"sampler": "ddim"},
-        {"sampler": {"name": "ancestral", "gamma": 1.0}},
     ],
 )
 def test_each_setting_changes_the_picture(pipe, drawn, change):
@@ -108,25 +110,39 @@ def test_each_setting_changes_the_picture(pipe, drawn, change):
     assert (spread(other[0], drawn[0][:3]) <= 1) == same_base
 
 
+def test_a_sampler_is_a_name_or_a_section(base):
+    same, noisier, ddim = (
+        base("moon", sampler=sampler, progress=False)
+        for sampler in (
+            {"name": "ancestral", "gamma": 0.3},
+            {"name": "ancestral", "gamma": 1.0},
+            "ddim",
+        )
+    )
+    assert spread(same, base("moon", progress=False)) == 0
+    assert spread(same, noisier) > 1 and spread(same, ddim) > 1
+
+
 def test_one_program_serves_prompts_seeds_weights_and_levels(pipe):
-    cached = [stage.draw._cache_size() for stage in pipe.stages]
-    settings = {"steps": 2, "progress": False}
-    pipe("moon", 2, **settings)
-    fresh = [stage.draw._cache_size() for stage in pipe.stages]
-    assert [after - before for before, after in zip(cached, fresh, strict=True)] == [1, 1]
-    pipe(["", "a very long prompt of many words"], 1, 5, guidance=7.5, **settings)
-    pipe("moon", 2, 9, guidance=0.0, negative_prompt="sun", aug_level=0.9, **settings)
-    pipe("moon", 4, batch_size=2, **settings)
-    pipe("moon", 3, batch_size=2, **settings)
-    assert [stage.draw._cache_size() for stage in pipe.stages] == fresh
-    pipe("moon", 2, guidance=1.0, **settings)
-    assert [stage.draw._cache_size() for stage in pipe.stages] == [n + 1 for n in fresh]
+    def programs():
+        return [stage.draw._cache_size() for stage in pipe.stages]
+
+    pipe("moon", 3, progress=False)
+    once = programs()
+    pipe(["", "moon", "a very long prompt of many words"], 1, 5, guidance=7.5, progress=False)
+    pipe("moon", 3, guidance=0.0, negative_prompt="sun", aug_level=0.9, progress=False)
+    pipe("moon", 6, batch_size=3, progress=False)
+    pipe("moon", 5, batch_size=3, progress=False)
+    assert programs() == once
 
 
-def test_not_square(pipe):
-    small, big = pipe("moon", size=(4, 12), return_stages=True, progress=False)
-    assert small.shape == (1, 4, 12, 3) and big.shape == (1, 8, 24, 3)
-    assert pipe.upscale(small, "moon", progress=False).shape == (1, 16, 48, 3)
+def test_not_square(pipe, caplog):
+    small, big = pipe("moon", size=(8, 24), return_stages=True, progress=False)
+    assert small.shape == (1, 8, 24, 3) and big.shape == (1, 16, 48, 3)
+    assert spread(pipe.upscale(small, "moon", progress=False), big) <= 1
+    photo = Image.effect_noise((99, 33), 80).convert("RGB")
+    assert pipe.upscale(photo, progress=False).shape == (1, 16, 48, 3)
+    assert "shrunk" in caplog.text
 
 
 # ------------------------------------------------------------------------------------- the text
@@ -160,12 +176,9 @@ def test_with_the_real_text_encoder(tmp_path, caplog):
     section = {"name": "minilm", "max_length": 8, "weights": ""}
     stage = trained(stage_config(8, 0, text_width=384, text_length=8))
     whole = Cascade([stage], section, minilm(max_length=8, weights=""))
-    whole.save(tmp_path / "b")
-    loaded = cascade.load(tmp_path / "b")
-    prompts = ["a red apple", "", "word " * 1000]
-    a, b = (each(prompts, batch_size=3, progress=False) for each in (whole, loaded))
-    np.testing.assert_array_equal(a, b)
-    assert spread(a[0], a[1]) > 20
+    loaded = cascade.load(whole.save(tmp_path / "b"))
+    apple, empty, _ = loaded(["a red apple", "", "word " * 1000], progress=False)
+    assert spread(apple, empty) > 20
     assert "unconditional" in caplog.text and "cut off" in caplog.text
     with pytest.raises(UserError, match="surrogate"):
         loaded("\ud800", progress=False)
@@ -232,14 +245,8 @@ def test_bad_arguments_of_upscale(pipe, arguments, message):
         pipe.upscale(**{"images": np.zeros((8, 8, 3), np.uint8), "progress": False, **arguments})
 
 
-def test_a_picture_to_enlarge_may_have_any_size(pipe, caplog):
-    photo = Image.effect_noise((50, 33), 80).convert("RGB")
-    assert pipe.upscale(photo, progress=False).shape == (1, 16, 24, 3)
-    assert "shrunk" in caplog.text
-
-
-def test_stages_that_do_not_fit_or_were_not_trained(pipe):
-    base, doubling = tiny_stages()
+def test_stages_that_do_not_fit_or_were_not_trained(stages):
+    base, doubling = stages
     for stages, message in [
         ([base._replace(trained_steps=0), doubling], "untrained"),
         ([doubling], "lowres_resolution"),
@@ -249,11 +256,10 @@ def test_stages_that_do_not_fit_or_were_not_trained(pipe):
             Cascade(stages, TEXT, WordEncoder())
 
 
-def test_a_diverged_stage_is_not_drawn_as_static():
-    stage, params, steps = tiny_stages()[0]
-    broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
+def test_a_diverged_stage_is_not_drawn_as_static(stages):
+    broken = stages[0]._replace(params=jax.tree.map(lambda p: p * np.nan, stages[0].params))
     with pytest.raises(UserError, match="NaN"):
-        Cascade([TrainedStage(stage, broken, steps)], TEXT, WordEncoder())("moon", progress=False)
+        Cascade([broken], TEXT, WordEncoder())("moon", progress=False)
 
 
 def test_importing_cascade_does_not_import_jax():
@@ -274,13 +280,13 @@ def loadable(pipe, monkeypatch):
 
 def test_the_sample_job_writes_pictures_that_tell_how_they_were_made(loadable, drawn, tmp_path):
     *pictures, sheet = sample.sample_to_folder(
-        "b", PROMPTS, tmp_path / "new" / "out", num_images=3, guidance=(2.0, 2.0), progress=False
+        "b", PROMPTS[:1], tmp_path / "new" / "out", num_images=3, guidance=(2, 2), progress=False
     )
-    assert len(pictures) == 9 and sheet.exists()
+    assert len(pictures) == 3 and sheet.exists()
     for i, path in enumerate(pictures):
         assert spread(images.read_image(path), drawn[1][i]) <= 1
         texts = images.read_metadata(path)
-        assert (texts["prompt"], texts["seed"], texts["index"]) == (PROMPTS[i // 3], "0", str(i))
+        assert (texts["prompt"], texts["seed"], texts["index"]) == (PROMPTS[0], "0", str(i))
         stages = json.loads(texts["settings"])["stages"]
         assert [stage["steps"] for stage in stages] == [3, 3]
 

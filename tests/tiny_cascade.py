@@ -7,7 +7,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cascade.bundle import TrainedStage
-from cascade.pipeline import Cascade
 from cascade.stage import Stage
 from cascade.text.interface import TextEncoder, Tokens, checked_text
 
@@ -64,15 +63,15 @@ def stage_config(resolution: int, lowres: int, **changes) -> ConfigDict:
         "network": {
             "name": "unet",
             "channels": 8,
-            "channel_mults": (1, 2),
-            "num_blocks": (1, 1),
-            "strides": (2, 2) if lowres else (1, 2),
-            "resampling": "shuffle" if lowres else "nearest",
+            "channel_mults": (1,),
+            "num_blocks": (1,),
+            "strides": (2,),
+            "resampling": "shuffle",
             "entry_skips": False,
             "skip_scale": 1.0,
             "middle": False,
-            "self_attention": (False, False),
-            "text_attention": (False, True),
+            "self_attention": (False,),
+            "text_attention": (True,),
             "attention_per_block": False,
             "head_channels": 8,
             "attention_implementation": "xla",
@@ -116,8 +115,3 @@ def trained(config: ConfigDict, steps: int = 7) -> TrainedStage:
 def tiny_stages() -> list[TrainedStage]:
     """A base stage of 8×8 and one that doubles it."""
     return [trained(stage_config(8, 0)), trained(stage_config(16, 8))]
-
-
-def tiny_cascade() -> Cascade:
-    """The stages with their encoder, in memory."""
-    return Cascade(tiny_stages(), TEXT, WordEncoder())
