@@ -1,7 +1,6 @@
 """From any picture file to uint8 RGB of a known size: decode, crop, antialiased area resize."""
 
 import io
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -65,55 +64,36 @@ def _to_rgb(picture: Image.Image, ground: tuple[int, int, int]) -> np.ndarray:
     return np.asarray(picture.convert("RGB"))
 
 
-def resize_weights(size: int, new_size: int) -> np.ndarray:
-    """Weights [new_size, size] that resize one axis; each row sums to one.
-
-    Smaller: every new pixel is the mean of the stretch that it covers, ends counted by the share
-    covered. Larger: linear interpolation between pixel centres, edges repeated.
-    """
-    if new_size <= size:
-        edges = np.arange(new_size + 1) * (size / new_size)
-        pixels = np.arange(size)
-        upper = np.minimum(edges[1:, None], pixels + 1)
-        lower = np.maximum(edges[:-1, None], pixels)
-        covered = np.maximum(upper - lower, 0)
-        return (covered / covered.sum(1, keepdims=True)).astype(np.float32)
-    centres = np.clip((np.arange(new_size) + 0.5) * (size / new_size) - 0.5, 0, size - 1)
-    near = np.minimum(centres.astype(int), max(size - 2, 0))
-    weights = np.zeros((new_size, size), np.float32)
-    rows = np.arange(new_size)
-    weights[rows, np.minimum(near + 1, size - 1)] = centres - near
-    weights[rows, near] += 1 - (centres - near)
-    return weights
-
-
 def area_resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Antialiased resize of [H, W, C] to float32 [height, width, C], by `resize_weights`."""
-    rows = _resize_rows(picture, height)
-    return _resize_rows(rows.transpose(1, 0, 2), width).transpose(1, 0, 2)
+    """Antialiased resize of [H, W, C] to float32 [height, width, C], one axis after the other.
+
+    Smaller: each new pixel is the mean of the area that it covers, old pixels at its border counted
+    by the share covered. Larger: linear interpolation between pixel centres, edges repeated.
+    """
+    columns = _resize_rows(picture, height).transpose(1, 0, 2)
+    return _resize_rows(columns, width).transpose(1, 0, 2)
 
 
 def _resize_rows(picture: np.ndarray, new_size: int) -> np.ndarray:
-    """Resizes the first axis: a product with the weights, a band of rows at a time."""
-    size, others, channels = picture.shape
-    flat = picture.reshape(size, others * channels)
-    out = np.empty((new_size, others * channels), np.float32)
-    for rows, band, weights in _bands(size, new_size):
-        np.matmul(weights, flat[band].astype(np.float32), out=out[rows])
-    return out.reshape(new_size, others, channels)
-
-
-@lru_cache(maxsize=64)
-def _bands(size: int, new_size: int, height: int = 32) -> list[tuple[slice, slice, np.ndarray]]:
-    """Cuts the weights into (new rows, the old rows that they use, weights between the two)."""
-    weights = resize_weights(size, new_size)
-    bands = []
-    for start in range(0, new_size, height):
-        rows = weights[start : start + height]
-        used = np.flatnonzero(rows.any(axis=0))
-        band = slice(used[0], used[-1] + 1)
-        bands.append((slice(start, start + len(rows)), band, np.ascontiguousarray(rows[:, band])))
-    return bands
+    """Resizes the first axis. No matrix product: BLAS threads would fight the training step's."""
+    size = picture.shape[0]
+    rows = picture.astype(np.float32)
+    if new_size == size:
+        return rows
+    if new_size > size:
+        centres = np.clip((np.arange(new_size) + 0.5) * (size / new_size) - 0.5, 0, size - 1)
+        near = centres.astype(int)
+        share = (centres - near).astype(np.float32)[:, None, None]
+        return rows[near] * (1 - share) + rows[np.minimum(near + 1, size - 1)] * share
+    # The sum over rows first[i] ... first[i+1] - 1, less the part of the first that lies before
+    # the new row i, plus the part of the next that still belongs to it.
+    first, part = np.divmod(np.arange(new_size) * size, new_size)
+    sums = np.add.reduceat(rows.reshape(size, -1), first, axis=0).reshape(-1, *rows.shape[1:])
+    if size % new_size:
+        cut = rows[first] * (part / new_size).astype(np.float32)[:, None, None]
+        sums -= cut
+        sums[:-1] += cut[1:]
+    return sums * np.float32(new_size / size)
 
 
 def square_crop(picture: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
