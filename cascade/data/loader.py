@@ -81,7 +81,7 @@ class Prepare(NamedTuple):
     """(position, generator) -> one prepared picture, or `Skipped`. Runs in the workers."""
 
     source: Any
-    order: "Order"
+    order: Order
     preprocess: Preprocess
     pair: PairCrop
     train: bool

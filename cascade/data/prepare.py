@@ -25,6 +25,7 @@ def build_emoji(
 ) -> Path:
     """Builds the emoji data set under `out`, or returns at once if it is already there.
 
+    One build at a time may write to a folder: what a killed one left there is removed first.
     Read it with the source `{"name": "tfds", "dataset": "emoji/<variant>", "data_dir": out, ...}`.
 
     Args:
@@ -60,29 +61,29 @@ def build_emoji(
     if processes is None:
         processes = 1 if settings.variant == "demo" and settings.scenes < 500 else os.cpu_count()
 
-    parent = Path(out) / "emoji" / variant
-    folder = parent / str(Emoji.VERSION)
+    folder = Path(out) / "emoji" / variant / str(Emoji.VERSION)
     if folder.exists():
         _check_same(folder, settings)
         return folder
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for stale in parent.glob("incomplete.*"):  # a build that was killed
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for stale in folder.parent.glob("incomplete.*"):  # a build that was killed
             shutil.rmtree(stale)
+        shutil.copyfile(Path(__file__).parent / "emoji" / "NOTICE", folder.parent / "NOTICE")
+        tfds.disable_progress_bar()
+        builder = Emoji(
+            config=variant,
+            data_dir=os.fspath(out),
+            file_format="array_record",
+            settings=settings,
+            processes=processes,
+        )
+        # TFDS writes to a temporary folder and renames it when all is done. What it prints is about
+        # downloads, and there are none.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
     except OSError as error:
         raise UserError(f"Cannot write to {out}: {error}; choose another --out.") from error
-    tfds.disable_progress_bar()
-    builder = Emoji(
-        config=variant,
-        data_dir=os.fspath(out),
-        file_format="array_record",
-        settings=settings,
-        processes=processes,
-    )
-    # TFDS writes to a temporary folder and renames it when all is done.
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; there are none
-        builder.download_and_prepare()
-    shutil.copyfile(Path(__file__).parent / "emoji" / "NOTICE", folder / "NOTICE")
     return folder
 
 

@@ -232,5 +232,5 @@ def test_sources_are_picklable_and_fingerprints_follow_the_content(pictures):
 
 
 def test_an_unknown_source_is_named():
-    with pytest.raises(UserError, match=r"Unknown data source 'folders'.*'folder'"):
+    with pytest.raises(UserError, match=r"Unknown data source name 'folders'.*'folder'"):
         build("data source", SOURCES, {"name": "folders", "path": "x"})

@@ -42,6 +42,14 @@ class Settings(NamedTuple):
     seed: int
 
 
+class Item(NamedTuple):
+    """A record yet to be drawn."""
+
+    key: str
+    shows: Single | Scene
+    settings: Settings
+
+
 DEFAULTS = {
     "demo": Settings("demo", resolution=128, scenes=0, seed=0),
     "full": Settings("full", resolution=256, scenes=10_000, seed=0),
@@ -107,12 +115,11 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
                 yield record["key"], {**record, "image": io.BytesIO(record["image"])}
 
 
-def plan(settings: Settings) -> dict[str, list["Item"]]:
+def plan(settings: Settings) -> dict[str, list[Item]]:
     """Decides every record of both splits, before anything is drawn."""
     singles = heldout_split(settings)
-    phrases = phrases_of(settings.variant)
     items = {
-        split: [Item(f"{d.style}-{d.hexcode}", d, phrases[d.hexcode]) for d in drawings]
+        split: [Item(f"{d.style}-{d.hexcode}", d, settings) for d in drawings]
         for split, drawings in singles.items()
     }
     pools = {
@@ -125,17 +132,8 @@ def plan(settings: Settings) -> dict[str, list["Item"]]:
         for i in range(count):
             rng = np.random.default_rng([settings.seed, number, i])
             scene = draw_scene(rng, pools["train"], settings.resolution, required)
-            items[split].append(Item(f"scene-{split}-{i:06d}", scene, ""))
-    return {split: [item._replace(settings=settings) for item in items[split]] for split in items}
-
-
-class Item(NamedTuple):
-    """A record yet to be drawn."""
-
-    key: str
-    shows: Single | Scene
-    phrase: str
-    settings: Settings | None = None
+            items[split].append(Item(f"scene-{split}-{i:06d}", scene, settings))
+    return items
 
 
 def heldout_split(settings: Settings) -> dict[str, list[Single]]:
@@ -175,20 +173,22 @@ def phrases_of(variant: str) -> dict[str, str]:
 
 def make_record(item: Item) -> dict:
     """Draws an item and writes its captions; runs in worker processes."""
-    if isinstance(item.shows, Single):
+    shows, phrases = item.shows, phrases_of(item.settings.variant)
+    if isinstance(shows, Scene):
         return {
             "key": item.key,
-            "kind": "single",
-            "image": render_png(item.shows.style, item.shows.hexcode, item.settings.resolution),
-            "captions": single_captions(ideas()[item.shows.hexcode], item.shows.style, item.phrase),
-            "scene": "",
+            "kind": "scene",
+            "image": scene_png(shows),
+            "captions": scene_captions(shows, phrases),
+            "scene": json.dumps(scene_json(shows)),
         }
+    idea = ideas()[shows.hexcode]
     return {
         "key": item.key,
-        "kind": "scene",
-        "image": scene_png(item.shows),
-        "captions": scene_captions(item.shows, phrases_of(item.settings.variant)),
-        "scene": json.dumps(scene_json(item.shows)),
+        "kind": "single",
+        "image": render_png(shows.style, shows.hexcode, item.settings.resolution),
+        "captions": single_captions(idea, shows.style, phrases[shows.hexcode]),
+        "scene": "",
     }
 
 
