@@ -12,6 +12,7 @@ REQUIRES = [
     "grain>=0.2.11",  # deterministic input pipeline whose position can be saved
     "array_record>=0.8",  # the random-access record files that data sets are stored in
     "tensorflow-datasets>=4.9.8",  # data set builder and catalogue, used without TensorFlow
+    "importlib_resources>=6",  # TFDS imports it without declaring it
     "ml_collections>=1.0",  # configs as Python files, overridden from the command line
     "absl-py>=2.1",  # ml_collections' flag parser
     "click>=8.1",  # command line

@@ -51,6 +51,7 @@ def main():
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file it writes
+    logging.getLogger("jax").setLevel(logging.WARNING)  # and jax every backend it doesn't find
 
 
 @main.command()
@@ -127,7 +128,7 @@ def describe(ctx, spec):
     Example: cascade describe --config configs/emoji/base64.py
     """
     from cascade import config
-    from cascade.networks.cost import table
+    from cascade.describe import describe as table
     from cascade.stage import Stage
 
     click.echo(table(Stage(config.load(spec, ctx.args).stage)))
@@ -151,7 +152,7 @@ def bundle(stages, more, out, dtype, overwrite):
 
     Example: cascade bundle --stages runs/base runs/sr256 --out my-bundle
     """
-    from cascade.bundle import bundle_runs
+    from cascade.training.export import bundle_runs
 
     bundle_runs([*stages, *more], out, dtype=dtype, overwrite=overwrite)
     click.echo(f"Wrote {out}. Draw with: cascade sample --bundle {out} --prompt '...'")
@@ -203,7 +204,7 @@ def sample(bundle, prompt, num, out, **options):
 
     Example: cascade sample --bundle my-bundle --prompt "a red apple" --steps 50,30 --guidance 5,2
     """
-    from cascade.pipeline import sample_to_folder
+    from cascade.sample import sample_to_folder
 
     for path in sample_to_folder(bundle, list(prompt), out, num_images=num, **options):
         click.echo(path)
@@ -221,6 +222,6 @@ def upscale(bundle, image, out, **options):
 
     Example: cascade upscale --bundle my-bundle --image photo.png --prompt "a cat" --out big.png
     """
-    from cascade.pipeline import upscale_to_file
+    from cascade.sample import upscale_to_file
 
     click.echo(upscale_to_file(bundle, image, out, **options))

@@ -6,6 +6,7 @@ checked against that part's signature.
 """
 
 import json
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,16 @@ class Part:
         self.kind, self.parts, self.supplied = kind, parts, supplied
 
 
+SAMPLING = {
+    "sampler": Part("sampler", SAMPLERS),
+    "steps": int,
+    "guidance": float,
+    "guidance_interval": tuple,  # (low, high) in logsnr; () = everywhere
+    "rescale": float,
+    "threshold": Part("threshold", THRESHOLDS),
+    "aug_level": float,
+}
+
 STAGE = {
     "resolution": int,
     "channels": int,
@@ -39,22 +50,14 @@ STAGE = {
     "crop_resolution": int,  # 0: trains on whole pictures
     "text_width": int,
     "text_length": int,
-    "network": Part("network", NETWORKS),
+    "network": Part("network", NETWORKS, ("out_channels", "super_resolution")),
     "schedule": Part("schedule", SCHEDULES),
     "output": str,
     "learned_variance": bool,
     "weighting": Part("weighting", WEIGHTINGS),
     "text_drop": float,
     "aug_schedule": Part("schedule", SCHEDULES),
-    "sampling": {
-        "sampler": Part("sampler", SAMPLERS),
-        "steps": int,
-        "guidance": float,
-        "guidance_interval": tuple,  # (low, high) in logsnr; () = everywhere
-        "rescale": float,
-        "threshold": Part("threshold", THRESHOLDS),
-        "aug_level": float,
-    },
+    "sampling": SAMPLING,
 }
 
 SCHEMA = {
@@ -65,8 +68,7 @@ SCHEMA = {
     "data": {
         "source": Part("data source", SOURCES),
         "eval_source": Part("data source", SOURCES),
-        "min_side": int,
-        "max_aspect": float,
+        "filter": {"min_side": int, "max_aspect": float},
         "ground": str,
         "crop": str,
         "workers": int,
@@ -107,14 +109,15 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     path, _, arg = spec.partition(":")
     found = find(path)
     flag_values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=flag_values)
     for override in overrides:
         if not re.match(r"--config\.[\w.\[\]]+=", override):
             raise UserError(
                 f"Can't read the argument {override!r}; overrides look like --config.train.steps=9."
             )
+    argv = ["cascade", f"--config={found}:{arg}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=flag_values, sys_argv=argv)
     try:
-        flag_values(["cascade", f"--config={found}:{arg}", *overrides])
+        flag_values(argv)
         config = flag_values.config
     except Exception as error:  # the file is the user's program: it may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -133,7 +136,8 @@ def find(path: str) -> pathlib.Path:
         if candidate.is_file():
             return candidate
     raise UserError(
-        f"No config file {path}; give a Python file with get_config, such as configs/emoji/base64.py."
+        f"No config file {path}; give a Python file with get_config, such as "
+        "configs/emoji/base64.py."
     )
 
 
@@ -171,6 +175,7 @@ def check_stage(stage: Mapping):
       UserError: as `check`.
     """
     _check_tree("config.stage", stage, STAGE)
+    check_sampling(stage["sampling"])
     if stage["output"] not in ("x", "eps", "v"):
         raise UserError(f"config.stage.output is {stage['output']!r}; give 'x', 'eps' or 'v'.")
     for key in ("resolution", "channels", "text_width", "text_length"):
@@ -193,6 +198,25 @@ def check_stage(stage: Mapping):
             f"config.stage.crop_resolution={crop} must be a multiple of resolution / "
             f"lowres_resolution = {resolution}/{lowres}, itself whole, and at most {resolution}."
         )
+
+
+def check_sampling(sampling: Mapping):
+    """Checks a `sampling` section: a stage's own, or one with the caller's changes.
+
+    Raises:
+      UserError: as `check`.
+    """
+    _check_tree("sampling", sampling, SAMPLING)
+    if sampling["steps"] < 1:
+        raise UserError(f"Sampling steps are {sampling['steps']}; give at least 1.")
+    if not math.isfinite(sampling["guidance"]):
+        raise UserError(f"The guidance weight is {sampling['guidance']}; give a finite number.")
+    interval = sampling["guidance_interval"]
+    if interval and not (len(interval) == 2 and interval[0] < interval[1]):
+        raise UserError(f"guidance_interval is {interval}; give (low, high) in logsnr, or ().")
+    for key in ("aug_level", "rescale"):
+        if not 0.0 <= sampling[key] <= 1.0:
+            raise UserError(f"{key} is {sampling[key]}; give 0 to 1.")
 
 
 def to_json(section) -> dict:

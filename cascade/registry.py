@@ -6,6 +6,7 @@ parameters, so the factory's signature is the section's schema and nothing is wr
 """
 
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -42,7 +43,8 @@ def check(kind: str, registry: Mapping[str, Callable], section: Mapping[str, Any
         raise UserError(f"The {kind} section has no `name`; choose one of {_listed(registry)}.")
     name = section["name"]
     if name not in registry:
-        raise UserError(f"Unknown {kind} {name!r}{meant(name, registry)}; {_listed(registry)}.")
+        hint = meant(name, registry)
+        raise UserError(f"Unknown {kind} name {name!r}{hint}; {_listed(registry)}.")
     factory = registry[name]
     parameters = {
         k: p for k, p in inspect.signature(factory).parameters.items() if k not in supplied
@@ -65,11 +67,18 @@ def check(kind: str, registry: Mapping[str, Callable], section: Mapping[str, Any
 
 
 def check_type(what: str, value: Any, expected: Any):
-    """Compares a value with an annotation where that is a plain class; an int may be a float.
+    """Compares a value with an annotation: a plain class, or `tuple[class, ...]`.
+
+    An int may stand for a float. Any other annotation isn't checked.
 
     Raises:
       UserError: naming `what`, the value and the type it should have.
     """
+    if typing.get_origin(expected) is tuple:
+        check_type(what, value, tuple)
+        for item in value:
+            check_type(f"{what}: an item", item, typing.get_args(expected)[0])
+        return
     if not isinstance(expected, type):
         return
     number = isinstance(value, int) and not isinstance(value, bool)

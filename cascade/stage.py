@@ -26,14 +26,17 @@ class Stage:
     Attributes:
       config: the section.
       network: a Linen module, `predict(z_t, logsnr, cond)`.
+      null_cond: what no text is: `text_emb` [L,D] and `text_mask` [L].
       is_base: True where it draws from text alone, False where it enlarges `lowres`.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, null_text=None):
         """Builds the stage.
 
         Args:
           config: the `stage` section, a ConfigDict; its keys are `cascade.config.STAGE`.
+          null_text: the text encoder's null condition (emb [L,D], mask [L]), which dropped texts
+            become in training; Imagen's by default: zeros and a cleared mask.
 
         Raises:
           UserError: a key is missing, foreign, or at odds with another.
@@ -42,10 +45,21 @@ class Stage:
         self.config = config
         self.is_base = config.lowres_resolution == 0
         outputs = config.channels * (2 if config.learned_variance else 1)
-        self.network = registry.build("network", NETWORKS, config.network, out_channels=outputs)
+        self.network = registry.build(
+            "network",
+            NETWORKS,
+            config.network,
+            out_channels=outputs,
+            super_resolution=not self.is_base,
+        )
         self.schedule = registry.build("schedule", SCHEDULES, config.schedule)
         self.aug_schedule = registry.build("schedule", SCHEDULES, config.aug_schedule)
         self.weighting = registry.build("weighting", losses.WEIGHTINGS, config.weighting)
+        emb, mask = null_text or (
+            jnp.zeros((config.text_length, config.text_width)),
+            jnp.zeros(config.text_length, bool),
+        )
+        self.null_cond = {"text_emb": emb, "text_mask": mask}
         self.training_resolution = config.crop_resolution or config.resolution
         self.check_size((config.resolution,) * 2)
         self.check_size((self.training_resolution,) * 2)
@@ -89,16 +103,18 @@ class Stage:
     def forward_flops(self) -> int:
         """FLOPs of one forward pass of one picture at the training resolution."""
         params = jax.eval_shape(self.init, jax.random.key(0))
-        return cost.count(
-            lambda p, *a: self.network.apply({"params": p}, *a), params, *self.shapes(1)
-        )
+
+        def forward(params, *arguments):
+            return self.network.apply({"params": params}, *arguments)
+
+        return round(sum(cost.count(forward, params, *self.shapes(1)).values()))
 
     def loss(self, params, batch, key, train: bool = True):
         """The weighted denoising loss of a batch, a scalar, and its metrics.
 
         Args:
           batch: `image` [B,H,W,C] in [-1,1], `text_emb` [B,L,D], `text_mask` [B,L], and for a
-            super-resolution stage `lowres` [B,h,w,C].
+            super-resolution stage `lowres` [B,h,w,C]; `valid` [B], where given, says which count.
           key: times, noise, dropped texts, augmentation and dropout all follow from it.
           train: False switches network dropout and text dropping off.
 
@@ -107,14 +123,15 @@ class Stage:
         """
         x = batch["image"]
         time_key, noise_key, text_key, aug_key, dropout_key = jax.random.split(key, 5)
-        logsnr = self.schedule(losses.stratified_times(time_key, x.shape[0]))
+        t = losses.stratified_times(time_key, x.shape[0])
+        logsnr = self.schedule(t)
         eps = jax.random.normal(noise_key, x.shape)
         z_t = process.diffuse(x, eps, logsnr)
 
         cond = {"text_emb": batch["text_emb"], "text_mask": batch["text_mask"]}
         if train:
             cond["text_emb"], cond["text_mask"] = conditioning.drop_text(
-                text_key, cond["text_emb"], cond["text_mask"], self.config.text_drop
+                text_key, *cond.values(), self.config.text_drop, *self.null_cond.values()
             )
         if not self.is_base:
             cond["lowres"], cond["aug_logsnr"] = conditioning.augment_lowres(
@@ -124,11 +141,13 @@ class Stage:
             {"params": params}, z_t, logsnr, cond, not train, rngs={"dropout": dropout_key}
         )
         prediction = process.predictions(output, z_t, logsnr, self.config.output)
-        each = losses.denoising_loss(prediction, x, eps, z_t, logsnr, self.weighting)
+        each = losses.denoising_loss(prediction, x, eps, t, self.schedule, self.weighting)
         member = jax.nn.one_hot(
             jnp.searchsorted(jnp.array(BUCKET_EDGES), logsnr), len(BUCKET_EDGES) + 1
         )
-        loss = each.mean()
+        valid = batch["valid"].astype(jnp.float32) if "valid" in batch else jnp.ones(x.shape[0])
+        member *= valid[:, None]
+        loss = (each @ valid) / jnp.maximum(valid.sum(), 1.0)
         metrics = {"loss": loss, "bucket_sum": each @ member, "bucket_count": member.sum(0)}
         return loss, metrics
 
@@ -150,13 +169,11 @@ class Stage:
           guidance_weight: 1.0 (a Python float) costs one evaluation; else two, as a batch of 2B.
         """
 
-        def denoise(z_t, logsnr, cond):
-            output = self.network.apply({"params": params}, z_t, logsnr, cond)
-            prediction = process.predictions(output, z_t, logsnr, self.config.output)
-            return guidance.Denoised(prediction.x, prediction.fraction)
+        def predict(z_t, logsnr, cond):
+            return self.network.apply({"params": params}, z_t, logsnr, cond)
 
         guided = guidance.guide(
-            denoise,
+            guidance.denoiser(predict, self.config.output),
             cond,
             null_cond,
             guidance_weight,
@@ -180,8 +197,8 @@ class Stage:
           guidance_weight, aug_level: override the settings' own; may be traced.
         """
         self.check_size(size)
-        z_keys, aug_keys, step_keys = (
-            jax.vmap(jax.random.fold_in, (0, None))(keys, purpose) for purpose in range(3)
+        aug_keys, noise_keys = (
+            jax.vmap(jax.random.fold_in, (0, None))(keys, purpose) for purpose in range(2)
         )
         if not self.is_base:
             level = settings.aug_level if aug_level is None else aug_level
@@ -193,10 +210,10 @@ class Stage:
         weight = settings.guidance if guidance_weight is None else guidance_weight
         denoise = self.denoiser(params, cond, null_cond, settings, weight)
         shape = (*size, self.config.channels)
-        z_1 = jax.vmap(lambda key: jax.random.normal(key, shape))(z_keys)
+        z_1 = process.picture_noise(noise_keys, shape)
         sampler = registry.build("sampler", samplers.SAMPLERS, settings.sampler)
         times = samplers.time_steps(self.schedule, settings.steps)
-        x = samplers.sample(sampler, denoise, z_1, times, step_keys)
+        x = samplers.sample(sampler, denoise, z_1, times, noise_keys)
         return jnp.clip(x, -1.0, 1.0)
 
     @functools.cached_property

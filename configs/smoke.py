@@ -15,7 +15,13 @@ def variant(config: ConfigDict, arg: str) -> ConfigDict:
         raise ValueError(f"this config takes the argument 'smoke', not {arg!r}")
     shrink_stage(config.stage)
     data = config.data
-    data.source = {"name": "synthetic", "size": 64, "resolution": config.stage.resolution}
+    data.source = {
+        "name": "synthetic",
+        "records": 64,
+        "side": config.stage.resolution,
+        "captions": 8,
+        "seed": 0,
+    }
     data.eval_source = data.source
     data.workers = 0
     data.cache_decoded = False

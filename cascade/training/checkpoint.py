@@ -17,8 +17,8 @@ from cascade.errors import UserError
 
 FORMAT_VERSION = 1
 
-# What reading a damaged folder raises, from JSON, the file system, TensorStore and Orbax.
-UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError)
+# What a failed write raises: the file system's error, or TensorStore's wrapping of it.
+UNWRITTEN = (ValueError, OSError, RuntimeError)
 
 
 @jax.jit
@@ -79,14 +79,14 @@ class Checkpoints:
         )
         try:
             self.manager.save(step, args=items)
-        except UNREADABLE as error:
+        except UNWRITTEN as error:
             raise self._unwritten(error) from error
 
     def wait(self):
         """Waits until the checkpoint in flight is on disk; raises as `save` does."""
         try:
             self.manager.wait_until_finished()
-        except UNREADABLE as error:
+        except UNWRITTEN as error:
             raise self._unwritten(error) from error
 
     def close(self):
@@ -118,19 +118,20 @@ class Checkpoints:
           UserError: there are checkpoints but none is whole.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
-        reason = ""
         for step in steps:
             try:
                 return self._restore_step(step, abstract_state, iterator)
-            except UNREADABLE as error:
-                reason = str(error).strip().split("\n")[0][:200]
+            except UserError:
+                raise
+            except Exception as error:  # Orbax raises that very class where data is missing
+                reason = first_line(error)
                 logging.warning("Checkpoint %d is damaged (%s); set aside.", step, reason)
                 self._set_aside(step)
-        if steps:
-            raise UserError(
-                f"None of the {len(steps)} checkpoints in {self.folder} can be read ({reason}); "
-                "they were moved to checkpoints.broken: rerun to start anew."
-            )
+                if step == steps[-1]:
+                    raise UserError(
+                        f"None of the {len(steps)} checkpoints in {self.folder} can be read "
+                        f"({reason}); they were moved to checkpoints.broken: rerun to start anew."
+                    ) from error
         return None
 
     def _restore_step(self, step: int, abstract_state, iterator):
@@ -159,10 +160,15 @@ class Checkpoints:
         self.manager.reload()
 
     def _unwritten(self, error: Exception) -> UserError:
-        reason = str(error).strip().split("\n")[0][:200]
-        good = [step for step in self.manager.all_steps(read=True)]
+        good = self.manager.all_steps(read=True)
         kept = f"the checkpoint of step {max(good)} is good" if good else "none was written before"
         return UserError(
-            f"A checkpoint couldn't be written to {self.folder} ({reason}); {kept}. "
+            f"A checkpoint couldn't be written to {self.folder} ({first_line(error)}); {kept}. "
             "Free some space and run the same command to go on."
         )
+
+
+def first_line(error: Exception) -> str:
+    """The start of an error's text, short enough for a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

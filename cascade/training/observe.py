@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cascade.images import contact_sheet, to_uint8
+from cascade.images import contact_sheet, save_png, to_uint8
 from cascade.parallel import mesh as meshes
 from cascade.stage import summarise
 from cascade.training.metrics import Metrics, peak_flops
@@ -97,14 +97,13 @@ class Observer:
         count = len(batch["image"])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key, jnp.arange(count))
         size = batch["image"].shape[1:3]
-        drawn = self.stage.draw(state.ema_params, cond, keys, self.stage.settings(), size)
+        null = {k: jnp.broadcast_to(v, cond[k].shape) for k, v in self.stage.null_cond.items()}
+        drawn = self.stage.draw(state.ema_params, cond, null, keys, self.stage.settings(), size)
         rows = [batch["image"], np.asarray(drawn)]
         if "lowres" in batch:
-            rows.insert(0, np.asarray(jax.image.resize(batch["lowres"], drawn.shape, "nearest")))
-        sheet = contact_sheet(to_uint8(np.concatenate(rows)), columns=count)
-        self.metrics.picture(step, "samples", np.asarray(sheet))
+            rows.insert(0, batch["lowres"])
+        sheet = contact_sheet([to_uint8(picture) for row in rows for picture in row], columns=count)
+        self.metrics.picture(step, "samples", sheet)
         if self.metrics.writes:
-            folder = self.workdir / "samples"
-            folder.mkdir(exist_ok=True)
-            sheet.save(folder / f"{step:08d}.png")
+            save_png(self.workdir / "samples" / f"{step:08d}.png", sheet)
         self.since += time.perf_counter() - began

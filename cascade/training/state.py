@@ -95,3 +95,12 @@ def make_train_step(stage, optimizer: optax.GradientTransformation, config):
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
     return train_step
+
+
+def with_shardings(shapes, placed):
+    """The shapes of a tree with where each array goes, as Orbax wants them for restoring."""
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        placed,
+    )

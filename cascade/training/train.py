@@ -1,14 +1,11 @@
 """Training one stage, from a config to checkpoints. Read `train` from top to bottom."""
 
 import functools
+import itertools
 import json
-import logging
 import pathlib
-import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
@@ -17,17 +14,15 @@ from cascade import registry
 from cascade.data.loader import make_loader
 from cascade.data.sources import SOURCES, captions_of
 from cascade.errors import UserError
-from cascade.images import contact_sheet, to_uint8
-from cascade.networks import cost
 from cascade.parallel import mesh as meshes
 from cascade.parallel.rules import shardings
-from cascade.stage import Stage, bucket_means
+from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
 from cascade.text.encoders import ENCODERS
 from cascade.training.checkpoint import Checkpoints
-from cascade.training.metrics import Metrics, peak_flops
+from cascade.training.observe import Observer
 from cascade.training.optim import make_optimizer
-from cascade.training.state import init_state, make_train_step
+from cascade.training.state import init_state, make_train_step, with_shardings
 
 # Of a config, what a resumed run may not change without becoming another run.
 FIXED = ("seed", "stage", "text", "train.batch_size", "train.optimizer")
@@ -49,8 +44,10 @@ def train(config, workdir, *, progress: bool = True):
     mesh = meshes.make_mesh(**config.mesh)
     checkpoints = Checkpoints(workdir, keep_last=settings.keep_last, keep_every=settings.keep_every)
     embeddings = embedding_cache(config)
-    batches = iter(training_loader(config, mesh, embeddings))
-    evaluation = evaluation_batches(config, embeddings)
+    batches = loader(config, embeddings, train=True)
+    evaluation = list(
+        itertools.islice(loader(config, embeddings, train=False), settings.eval_batches)
+    )
 
     stage = Stage(config.stage)
     optimizer = make_optimizer(settings)
@@ -102,6 +99,28 @@ def embedding_cache(config) -> EmbeddingCache:
     for section in (config.data.source, config.data.eval_source):
         cache.ensure(captions_of(registry.build("data source", SOURCES, section)))
     return cache
+
+
+def loader(config, embeddings: EmbeddingCache, *, train: bool):
+    """This process's share of the batches, as `cascade.data.loader.make_loader` says."""
+    stage, processes = config.stage, jax.process_count()
+    if config.train.batch_size % processes:
+        raise UserError(
+            f"config.train.batch_size={config.train.batch_size} can't be split over {processes} "
+            "processes; choose a multiple of that."
+        )
+    return make_loader(
+        config.data,
+        resolution=stage.resolution,
+        lowres_resolution=stage.lowres_resolution,
+        crop_resolution=stage.crop_resolution,
+        embedding=embeddings,
+        seed=config.seed,
+        batch_size=config.train.batch_size // processes,
+        train=train,
+        process_index=jax.process_index(),
+        process_count=processes,
+    )
 
 
 def write_config(config, workdir):

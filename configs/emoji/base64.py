@@ -68,12 +68,18 @@ def get_config(arg: str = "") -> ConfigDict:
     config.text = {"name": "minilm", "max_length": 48, "weights": ""}
     config.text_cache = "data/text_cache"
 
-    emoji = {"name": "tfds", "dataset": "emoji/full", "data_dir": "data/emoji"}
+    emoji = {
+        "name": "tfds",
+        "dataset": "emoji/full",
+        "data_dir": "data/emoji",
+        "image_key": "image",
+        "caption_key": "captions",
+        "template": "{}",
+    }
     config.data = {
         "source": {**emoji, "split": "train"},
         "eval_source": {**emoji, "split": "heldout"},
-        "min_side": 1,
-        "max_aspect": 4.0,
+        "filter": {"min_side": 1, "max_aspect": 4.0},  # pictures outside it are left out
         "ground": "#ffffff",  # what shows through transparent pictures
         "crop": "centre",
         "workers": 0,

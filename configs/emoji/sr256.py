@@ -1,6 +1,6 @@
 """The 64 → 256 stage above `base64.py`: an Efficient U-Net trained on 128² crops.
 
-    cascade train --config configs/emoji/sr256.py --workdir runs/sr256
+cascade train --config configs/emoji/sr256.py --workdir runs/sr256
 """
 
 from ml_collections import ConfigDict
@@ -29,8 +29,6 @@ def get_config(arg: str = "") -> ConfigDict:
         head_channels=32,
         norm_groups=8,
     )
-    # Enlarging needs little structure from pure noise: the shifted schedule spends its steps
-    # where 256² pictures still change.
     stage.sampling.steps = 30
     stage.sampling.guidance = 1.5
     train = config.train

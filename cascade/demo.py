@@ -1,0 +1,197 @@
+"""`cascade demo`: data, two trainings, a bundle, pictures and a report, from one command.
+
+Every part is skipped where an earlier run finished it and resumed where one was interrupted.
+"""
+
+import contextlib
+import json
+import pathlib
+import platform
+import resource
+import shlex
+import time
+
+import click
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cascade import config as configs
+from cascade.data.loader import make_source
+from cascade.data.prepare import build_emoji
+from cascade.data.preprocess import Preprocess, colour
+from cascade.errors import UserError
+from cascade.evaluation.report import Drawing, StageSummary, write_report
+from cascade.evaluation.retrieval import nearest
+from cascade.images import check_writable, contact_sheet, save_png
+from cascade.pipeline import Cascade, load
+from cascade.training import metrics
+from cascade.training.export import bundle_runs
+from cascade.training.train import train
+
+STAGES = ("base", "sr")
+MINUTES = 15.0  # what the configs' numbers of steps take, all parts together, on two CPU cores
+SEED = 0
+
+# Words and combinations that no caption of the training set holds.
+UNSEEN = (
+    "a green apple",
+    "a kitten",
+    "an automobile",
+    "a purple heart",
+    "a blue star",
+    "an orange cat's face",
+    "a red house",
+    "a puppy",
+)
+
+
+def run(workdir, *, minutes: float):
+    """Runs the demo in `workdir` and prints the command that draws the user's own prompt.
+
+    Args:
+      minutes: scales the numbers of training steps; 15 is what the configs say.
+
+    Raises:
+      UserError: minutes aren't positive, or the folder can't be written.
+    """
+    if not 0 < minutes < float("inf"):
+        raise UserError(f"--minutes is {minutes}; give a positive number.")
+    workdir = check_writable(workdir)
+    timings = Timings(workdir / "timings.json")
+    with timings.part("build the data"):
+        build_emoji(workdir / "data", variant="demo")
+    experiments = {stage: experiment(stage, workdir, minutes) for stage in STAGES}
+    for stage, config in experiments.items():
+        click.echo(f"Training the {stage} stage for {config.train.steps} steps.")
+        with timings.part(f"train {stage}"):
+            train(config, workdir / stage)
+    bundle_runs([workdir / stage for stage in STAGES], workdir / "bundle", overwrite=True)
+    with timings.part("sample"):
+        pipe = load(workdir / "bundle")
+        known, unseen = draw(pipe, experiments["sr"])
+    command = f"cascade sample --bundle {shlex.quote(str(workdir / 'bundle'))} --num 4 --prompt "
+    save_pictures(workdir / "pictures", [*known, *unseen])
+    write_report(
+        workdir / "report.html",
+        title="A cascade trained in a few minutes",
+        introduction=introduction(len(known), minutes),
+        command=command + "'a red apple'",
+        known=known,
+        unseen=unseen,
+        stages=[summary(stage, config, workdir) for stage, config in experiments.items()],
+        timings=timings.seconds,
+        facts=machine(),
+    )
+    recognised = sum(drawing.recognised for drawing in known)
+    click.echo(
+        f"{recognised} of {len(known)} pictures are nearest to the drawing their prompt names.\n"
+        f"Report: {workdir / 'report.html'}\nDraw your own: {command}'a red apple'"
+    )
+
+
+class Timings:
+    """Seconds that each part took, kept in a file so that a resumed demo adds to them."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.seconds = json.loads(path.read_text()) if path.is_file() else {}
+
+    @contextlib.contextmanager
+    def part(self, name: str):
+        """Adds the time spent inside `with`, interrupted or not."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 1)
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.seconds))
+            temporary.replace(self.path)
+
+
+def experiment(stage: str, workdir: pathlib.Path, minutes: float) -> ConfigDict:
+    """A stage's config for the hardware that is here, its files below `workdir`."""
+    hardware = "" if jax.default_backend() == "cpu" else ":accelerator"
+    config = configs.load(f"configs/emoji/demo_{stage}.py{hardware}")
+    for source in (config.data.source, config.data.eval_source):
+        source.data_dir = str(workdir / "data")
+    config.text_cache = str(workdir / "text_cache")
+    config.train.steps = max(round(config.train.steps * minutes / MINUTES), 2)
+    rate = config.train.learning_rate
+    rate.decay_steps = config.train.steps
+    rate.warmup_steps = min(rate.warmup_steps, config.train.steps // 2)
+    return config
+
+
+def draw(pipe: Cascade, config) -> tuple[list[Drawing], list[Drawing]]:
+    """Draws every caption of the training set, and the unseen prompts, in one go."""
+    source = make_source(config.data, train=True)
+    side = config.stage.resolution
+    shrink = Preprocess(side, colour(config.data.ground), **config.data.filter)
+    records = [source[index] for index in range(len(source))]
+    prompts = [record["captions"][0] for record in records]
+    real = np.stack([shrink(record["image"]) for record in records])
+    stages = pipe([*prompts, *UNSEEN], seed=SEED, batch_size=24, return_stages=True)
+    rows = list(zip(*stages, strict=True))
+    hits = nearest(stages[-1][: len(real)], real) == np.arange(len(real))
+    known = [
+        Drawing(prompt, row, picture, bool(hit))
+        for prompt, row, picture, hit in zip(prompts, rows, real, hits, strict=False)
+    ]
+    unseen = [
+        Drawing(prompt, row) for prompt, row in zip(UNSEEN, rows[len(prompts) :], strict=True)
+    ]
+    return known, unseen
+
+
+def save_pictures(folder: pathlib.Path, drawings: list[Drawing]):
+    """Every final picture as a PNG with its prompt in it, and one sheet of all."""
+    for index, drawing in enumerate(drawings):
+        words = "-".join("".join(c if c.isalnum() else " " for c in drawing.prompt).split())
+        metadata = {"prompt": drawing.prompt, "seed": str(SEED)}
+        save_png(folder / f"{index:02d}-{words}.png", drawing.stages[-1], metadata)
+    sheet = contact_sheet(
+        [drawing.stages[-1] for drawing in drawings], [drawing.prompt for drawing in drawings]
+    )
+    save_png(folder / "sheet.png", sheet)
+
+
+def introduction(ideas: int, minutes: float) -> list[str]:
+    """What the report says of itself first."""
+    return [
+        f"Two diffusion models were trained on {ideas} twemoji drawings with captions, one drawing "
+        "an idea: a base stage that draws from a frozen language model's reading of the prompt, "
+        "and a super-resolution stage that enlarges what the base stage drew. "
+        f"Training was scaled to --minutes {minutes:g}.",
+        "What this is: a check that data, training, checkpoints, bundling and sampling work "
+        "together on your machine, with a result that one can recognise.",
+        "What this isn't: a model of the world. With one drawing an idea it has memorised its "
+        f"training set; prompts outside the {ideas} ideas give mixtures of what it knows, as the "
+        "second grid shows.",
+    ]
+
+
+def summary(stage: str, config, workdir: pathlib.Path) -> StageSummary:
+    """A stage's section of the report, from what its training logged."""
+    rows = metrics.read(workdir / stage / "metrics.jsonl")
+    rates = [row["pictures_per_second"] for row in rows if "pictures_per_second" in row]
+    speed = f", {np.median(rates):.0f} pictures a second" if rates else ""
+    size = config.stage.resolution
+    below = f"{config.stage.lowres_resolution} → " if config.stage.lowres_resolution else ""
+    headline = (
+        f"{below}{size}×{size}; {config.train.steps} steps of {config.train.batch_size} "
+        f"pictures{speed}."
+    )
+    return StageSummary(stage, headline, rows, configs.to_json(config))
+
+
+def machine() -> dict[str, str]:
+    """The hardware, the versions, and the most memory this process has held."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "peak memory of this process": f"{kilobytes / 2**20:.1f} GiB",
+        "Python and jax": f"{platform.python_version()}, {jax.__version__}",
+    }

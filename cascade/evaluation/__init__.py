@@ -1,0 +1,1 @@
+"""How good the pictures are, and the report that shows them."""

@@ -1,0 +1,33 @@
+"""`cascade demo`'s super-resolution stage, 32 → 128, trained on 64² crops.
+
+cascade train --config configs/emoji/demo_sr.py --workdir runs/demo_sr
+"""
+
+from ml_collections import ConfigDict
+
+from cascade.configs import smoke
+from cascade.configs.emoji import demo_base
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment; `arg` is "" (a CPU), "accelerator" (wider, longer), or "smoke"."""
+    config = demo_base.get_config("accelerator" if arg == "accelerator" else "")
+    stage = config.stage
+    stage.resolution, stage.lowres_resolution, stage.crop_resolution = 128, 32, 64
+    stage.network.update(
+        num_blocks=(1, 1, 2),
+        strides=(4, 2, 2),
+        middle=False,
+        skip_scale=2**-0.5,
+        self_attention=(False, False, True),
+        text_attention=(False, False, True),
+    )
+    stage.sampling.steps, stage.sampling.guidance = 20, 1.0
+    train = config.train
+    train.steps = 600
+    train.batch_size = 16
+    if arg == "accelerator":
+        stage.network.channels = 64
+        train.steps, train.batch_size = 6_000, 64
+    train.learning_rate.decay_steps = train.steps
+    return config if arg == "accelerator" else smoke.variant(config, arg)

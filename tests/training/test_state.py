@@ -1,0 +1,69 @@
+"""Laws of one update: accumulation, EMA, randomness that follows from the step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cascade.training.state import TrainState, ema_decay, gradients, init_state, make_train_step
+
+
+class Quadratic:
+    """A stage whose loss is the mean of (w − image)² over the batch: gradients by hand."""
+
+    def init(self, key):
+        return {"w": jnp.array(3.0)}
+
+    def loss(self, params, batch, key, train=True):
+        loss = jnp.mean((params["w"] - batch["image"]) ** 2)
+        return loss, {"loss": loss}
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4, 8])
+def test_accumulated_gradient_is_the_whole_batchs(microbatches):
+    image = jnp.arange(8.0)
+    grads, metrics = gradients(
+        Quadratic(), {"w": jnp.array(3.0)}, {"image": image}, jax.random.key(0), microbatches
+    )
+    np.testing.assert_allclose(grads["w"], 2 * (3.0 - image.mean()), rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], jnp.mean((3.0 - image) ** 2), rtol=1e-6)
+
+
+def test_ema_follows_its_recurrence(smoke_config):
+    optimizer = optax.sgd(0.1)
+    smoke_config.train.ema_decay = 0.5
+    step = make_train_step(Quadratic(), optimizer, smoke_config.train)
+    state = init_state(Quadratic(), optimizer, jax.random.key(0))
+    w = ema = 3.0
+    for index in range(6):
+        state, _ = step(state, {"image": jnp.zeros(4)}, jax.random.key(1))
+        w -= 0.1 * 2 * w
+        decay = min(0.5, (1 + index) / (10 + index))
+        ema = decay * ema + (1 - decay) * w
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-6)
+    np.testing.assert_allclose(state.ema_params["w"], ema, rtol=1e-6)
+
+
+def test_ema_decay_warms_up_to_its_limit():
+    assert float(ema_decay(0, 0.999)) == pytest.approx(0.1)
+    assert float(ema_decay(10**6, 0.999)) == pytest.approx(0.999)
+
+
+def test_a_steps_randomness_follows_from_key_and_step_alone():
+    class Noisy(Quadratic):
+        def loss(self, params, batch, key, train=True):
+            loss = params["w"] * jax.random.normal(key)
+            return loss, {"loss": loss}
+
+    class Settings:
+        microbatches, ema_decay = 1, 0.9
+
+    step = make_train_step(Noisy(), optax.sgd(0.0), Settings)
+    key = jax.random.key(7)
+    state = init_state(Noisy(), optax.sgd(0.0), key)
+    _, first = step(state, {"image": jnp.zeros(1)}, key)
+    later = TrainState(state.step + 1, state.params, state.ema_params, state.opt_state)
+    _, second = step(later, {"image": jnp.zeros(1)}, key)
+    _, again = step(later, {"image": jnp.zeros(1)}, key)
+    assert float(first["loss"]) != float(second["loss"]) == float(again["loss"])
