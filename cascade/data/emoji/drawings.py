@@ -68,8 +68,9 @@ def svg_paths(style: str) -> dict[str, Path]:
     return {canonical(path.stem): path for path in coded}
 
 
+@lru_cache(maxsize=8192)
 def render_png(style: str, hexcode: str, size: int) -> bytes:
-    """Draws an idea as an RGBA PNG of size x size."""
+    """Draws an idea as an RGBA PNG of size x size, once per size; a few kB each to remember."""
     svg = svg_paths(style)[hexcode].read_text(encoding="utf-8")
     # Without a dpi, drawings measured in cm or pt fail.
     data = resvg_py.svg_to_bytes(svg_string=svg, width=size, skip_system_fonts=True, dpi=96)
@@ -81,8 +82,7 @@ def render_png(style: str, hexcode: str, size: int) -> bytes:
     return buffer.getvalue()
 
 
-@lru_cache(maxsize=8192)
 def render(style: str, hexcode: str, size: int) -> np.ndarray:
-    """`render_png` decoded, uint8 [size, size, 4], drawn once per size and then remembered."""
+    """`render_png` decoded, uint8 [size, size, 4]."""
     picture = Image.open(io.BytesIO(render_png(style, hexcode, size))).convert("RGBA")
     return np.asarray(picture)
