@@ -244,13 +244,14 @@ class UNet(nn.Module):
             x = jnp.concatenate([x, jax.image.resize(cond["lowres"], shape, "bilinear")], -1)
         x = conv3x3(self.channels * self.channel_mults[0], style.dtype, "conv_in")(x)
         skips = []
-        for i in range(len(self.strides)):
-            x, made = self._level(i, style, up=False)(x, (), emb, text)
+        levels = range(len(self.strides))
+        for i in levels:
+            x, made = self._level(i, style, "down")(x, (), emb, text)
             skips.append(made if self.entry_skips else made[1:])
         if self.middle:
-            x, _ = self._middle(style)(x, (), emb, text)
-        for i in reversed(range(len(self.strides))):
-            x, _ = self._level(i, style, up=True)(x, skips[i][::-1], emb, text)
+            x, _ = self._level(levels[-1], style, "middle")(x, (), emb, text)
+        for i in reversed(levels):
+            x, _ = self._level(i, style, "up")(x, skips[i][::-1], emb, text)
         x = style.act(GroupNorm(self.norm_groups, jnp.float32, name="norm_out")(x))
         return conv3x3(self.out_channels, jnp.float32, "conv_out", zero=True)(x)
 
@@ -276,38 +277,27 @@ class UNet(nn.Module):
             emb += TextPool(width, self.pool_heads, name="text_pool")(text)
         return ACTIVATIONS[self.activation](emb).astype(self.dtype)
 
-    def _level(self, i: int, style: Style, up: bool) -> Level:
-        mults = self.channel_mults
-        count = self.num_blocks[i] + (up and self.entry_skips)
+    def _level(self, i: int, style: Style, way: str) -> Level:
+        """Level i on the way "down" or "up", or the "middle", which works at the last level."""
         attention = (self.self_attention[i], self.text_attention[i])
-        before = (attention if self.attention_per_block else (False, False),) * (count - 1)
+        none = (False, False)
+        if way == "middle":
+            attends = (attention, none)
+        else:
+            count = self.num_blocks[i] + (way == "up" and self.entry_skips)
+            before = attention if self.attention_per_block else none
+            attends = (*[before] * (count - 1), attention)
         return Level(
-            channels=self.channels * mults[i],
-            attention=(*before, attention),
-            up=up,
-            stride=self.strides[i],
-            outer_channels=self.channels * mults[max(i - 1, 0)],
+            channels=self.channels * self.channel_mults[i],
+            attention=attends,
+            up=way == "up",
+            stride=1 if way == "middle" else self.strides[i],
+            outer_channels=self.channels * self.channel_mults[max(i - 1, 0)],
             resampling=self.resampling,
             remat=self.remat,
             scan_blocks=self.scan_blocks,
             style=style,
-            name=f"{'up' if up else 'down'}_{i}",
-        )
-
-    def _middle(self, style: Style) -> Level:
-        attention = (self.self_attention[-1], self.text_attention[-1])
-        channels = self.channels * self.channel_mults[-1]
-        return Level(
-            channels=channels,
-            attention=(attention, (False, False)),
-            up=False,
-            stride=1,
-            outer_channels=channels,
-            resampling=self.resampling,
-            remat=self.remat,
-            scan_blocks=self.scan_blocks,
-            style=style,
-            name="middle",
+            name=way if way == "middle" else f"{way}_{i}",
         )
 
     def _check(self, z_t, cond) -> None:
@@ -331,6 +321,8 @@ class UNet(nn.Module):
                     f"The network's {field} is {getattr(self, field)!r}; "
                     f"choose from {', '.join(allowed)}."
                 )
+        if set(self.strides) - {1, 2}:
+            raise UserError(f"The network's strides are {self.strides}; make each of them 1 or 2.")
         for i, mult in enumerate(self.channel_mults):
             width = self.channels * mult
             attends = self.self_attention[i] or self.text_attention[i]
@@ -341,13 +333,18 @@ class UNet(nn.Module):
                         f"{field} {getattr(self, field)}; change either."
                     )
         _, height, width, _ = z_t.shape
-        if height % self.divisor or width % self.divisor:
+        if min(height, width) < 1 or height % self.divisor or width % self.divisor:
             raise UserError(
                 f"A picture of {height}×{width} pixels doesn't fit the network, which needs height "
                 f"and width to be multiples of {self.divisor}; choose such a size."
             )
-        for key in ("lowres", "aug_logsnr") if self.super_resolution else ():
+        more = ("lowres", "aug_logsnr") if self.super_resolution else ()
+        for key in ("text_emb", "text_mask", *more):
             if key not in cond:
-                raise UserError(
-                    f"The condition {key!r} is missing; a super-resolution network needs it."
-                )
+                raise UserError(f"The condition {key!r} is missing; this network needs it.")
+        text_width = self.text_channels or cond["text_emb"].shape[-1]
+        if self.pool_heads and text_width % self.pool_heads:
+            raise UserError(
+                f"Text is {text_width} wide, not a multiple of the network's pool_heads "
+                f"{self.pool_heads}; change pool_heads."
+            )

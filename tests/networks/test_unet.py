@@ -1,0 +1,347 @@
+"""Laws of the U-Net: shapes, what text and conditions may and must change, equal spellings."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cascade.errors import UserError
+from cascade.networks import NETWORKS, UNet
+from cascade.networks.attention import attend
+from cascade.networks.layers import GroupNorm, LogsnrEmbedding, enlarge, pixel_shuffle, shrink
+from cascade.registry import check
+
+BASE = {
+    "out_channels": 3,
+    "super_resolution": False,
+    "channels": 8,
+    "channel_mults": (1, 2),
+    "num_blocks": (1, 3),
+    "strides": (1, 2),
+    "resampling": "block",
+    "entry_skips": True,
+    "skip_scale": 1.0,
+    "middle": True,
+    "self_attention": (False, True),
+    "text_attention": (False, True),
+    "attention_per_block": True,
+    "head_channels": 8,
+    "attention_implementation": "auto",
+    "text_channels": 0,
+    "pool_heads": 2,
+    "norm_groups": 4,
+    "activation": "silu",
+    "dropout": 0.0,
+    "dtype": "float32",
+    "remat": False,
+    "scan_blocks": False,
+}
+EFFICIENT = BASE | {
+    "super_resolution": True,
+    "strides": (2, 2),
+    "resampling": "shuffle",
+    "entry_skips": False,
+    "skip_scale": 2**-0.5,
+    "middle": False,
+    "self_attention": (False, False),
+    "attention_per_block": False,
+}
+
+
+def inputs(height=8, width=12, batch=2, out=3, text_width=6):
+    """A batch whose first text is half padding and whose second is empty."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    cond = {
+        "text_emb": jax.random.normal(keys[0], (batch, 4, text_width)),
+        "text_mask": jnp.arange(4) < jnp.array([2, 0])[:batch, None],
+        "lowres": jax.random.normal(keys[1], (batch, height // 2, width // 2, 3)),
+        "aug_logsnr": jnp.array([-3.0, 5.0])[:batch],
+    }
+    z_t = jax.random.normal(keys[2], (batch, height, width, 3))
+    return z_t, jnp.array([1.0, -7.0])[:batch], cond
+
+
+def born(network, *args):
+    return jax.jit(network.init)(jax.random.key(1), *args)
+
+
+def perturbed(variables):
+    """Parameters moved off their zeros, so that every branch shows."""
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return tree.unflatten(moved)
+
+
+def run(fields, *args):
+    network = UNet(**fields)
+    return jax.jit(network.apply)(perturbed(born(network, *args)), *args)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """These networks are tiny: compiling them well takes longer than running them."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    height=st.integers(1, 5),
+    width=st.integers(1, 5),
+    strides=st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 2])),
+    resampling=st.sampled_from(["block", "nearest", "shuffle"]),
+    attention=st.tuples(*[st.booleans()] * 4),
+    flags=st.tuples(*[st.booleans()] * 5),
+    out_channels=st.sampled_from([3, 6]),
+    text=st.tuples(st.sampled_from([0, 4]), st.sampled_from([0, 2])),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_shape_is_the_pictures(
+    height, width, strides, resampling, attention, flags, out_channels, text, dtype
+):
+    entry_skips, middle, attention_per_block, super_resolution, scan_blocks = flags
+    network = UNet(
+        **BASE
+        | {
+            "strides": strides,
+            "resampling": resampling,
+            "self_attention": attention[:2],
+            "text_attention": attention[2:],
+            "entry_skips": entry_skips,
+            "middle": middle,
+            "attention_per_block": attention_per_block,
+            "super_resolution": super_resolution,
+            "scan_blocks": scan_blocks,
+            "out_channels": out_channels,
+            "text_channels": text[0],
+            "pool_heads": text[1],
+            "dtype": dtype,
+        }
+    )
+    args = inputs(height * network.divisor, width * network.divisor)
+    args[2]["lowres"] = jnp.zeros((2, 3, 5, 3))
+    out, variables = jax.eval_shape(lambda: network.init_with_output(jax.random.key(0), *args))
+    assert out.shape == (*args[0].shape[:3], out_channels)
+    assert out.dtype == jnp.float32
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+@pytest.mark.parametrize("fields", [BASE, EFFICIENT])
+def test_output_is_zero_at_birth(fields):
+    args = inputs()
+    network = UNet(**fields)
+    assert not np.any(network.apply(born(network, *args), *args))
+
+
+@pytest.mark.parametrize("fields", [BASE, EFFICIENT])
+def test_padding_and_empty_text(fields):
+    """Content outside the mask changes nothing; text inside it, or clearing the mask, does."""
+    z_t, logsnr, cond = inputs()
+    network = UNet(**fields)
+    variables = perturbed(born(network, z_t, logsnr, cond))
+    apply = jax.jit(network.apply)
+    plain = apply(variables, z_t, logsnr, cond)
+    mask = cond["text_mask"]
+    kept = jnp.where(mask[..., None], cond["text_emb"], 0)
+    wild = jnp.where(mask[..., None], cond["text_emb"], jnp.inf)
+    for text_emb in (kept, wild):
+        other = apply(variables, z_t, logsnr, cond | {"text_emb": text_emb})
+        np.testing.assert_array_equal(plain, other)
+    null = cond | {"text_mask": jnp.zeros_like(mask)}
+    dropped = apply(variables, z_t, logsnr, null)
+    zeroed = apply(variables, z_t, logsnr, null | {"text_emb": jnp.zeros_like(kept)})
+    np.testing.assert_array_equal(dropped, zeroed)
+    np.testing.assert_array_equal(dropped[1], plain[1])
+    assert np.abs(dropped[0] - plain[0]).max() > 1e-3
+    assert np.isfinite(plain).all()
+
+
+def test_attention_over_nothing_is_zero_with_finite_gradients():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 4))
+    mask = jnp.array([[True, True, False, False, True], [False] * 5])
+    for implementation in ("auto", "xla"):
+        out = attend(q, k, v, mask, implementation)
+        assert not np.any(out[1])
+        logits = np.einsum("tnd,snd->nts", q[0], k[0])[..., mask[0]] / 2
+        weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        expected = np.einsum("nts,snd->tnd", weights, v[0, mask[0]])
+        np.testing.assert_allclose(out[0], expected, rtol=1e-5, atol=1e-6)
+        gradients = jax.grad(
+            lambda q, k, v, how=implementation: attend(q, k, v, mask, how).sum(), (0, 1, 2)
+        )(q, k, v)
+        assert all(np.isfinite(g).all() and not np.any(g[1]) for g in gradients)
+
+
+def stacked(params):
+    """Parameters of single blocks as a scanning network, whose tree is `like`, holds them."""
+
+    def stack(tree, like):
+        if not isinstance(like, dict):
+            return tree
+        out = {}
+        for name, sub in like.items():
+            scanned = re.fullmatch(r"blocks_(\d+)_(\d+)", name)
+            if scanned:
+                first, last = map(int, scanned.groups())
+                blocks = [tree[f"block_{j}"] for j in range(first, last + 1)]
+                out[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+            else:
+                out[name] = stack(tree[name], sub)
+        return out
+
+    return stack(*params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "remat", "scan"),
+    [(BASE, False, True), (EFFICIENT, True, False), (EFFICIENT | {"middle": True}, True, True)],
+)
+def test_remat_and_scan_change_nothing(fields, remat, scan):
+    """Same loss, same gradients, on the same parameters."""
+    args = inputs()
+    plain, other = UNet(**fields), UNet(**fields | {"remat": remat, "scan_blocks": scan})
+    variables = perturbed(born(plain, *args))
+    like = jax.eval_shape(other.init, jax.random.key(0), *args)
+    assert scan == any("blocks_" in jax.tree_util.keystr(path) for path, _ in leaves_of(like))
+
+    def loss(network):
+        return jax.jit(
+            jax.value_and_grad(lambda v: jnp.mean(jnp.square(network.apply(v, *args) - 1)))
+        )
+
+    loss_plain, gradients_plain = loss(plain)(variables)
+    loss_other, gradients_other = loss(other)(stacked((variables, like)))
+    np.testing.assert_allclose(loss_plain, loss_other, rtol=1e-5)
+    expected = stacked((gradients_plain, like))
+    for (path, a), (_, b) in zip(leaves_of(expected), leaves_of(gradients_other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=str(path))
+
+
+def leaves_of(tree):
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def test_dropout_acts_in_training_alone():
+    args = inputs()
+    network = UNet(**BASE | {"dropout": 0.5, "scan_blocks": True, "remat": True})
+    variables = perturbed(born(network, *args))
+    apply = jax.jit(network.apply, static_argnames="deterministic")
+    first, again, second = (
+        apply(variables, *args, deterministic=False, rngs={"dropout": jax.random.key(seed)})
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - second).max() > 1e-3
+    np.testing.assert_array_equal(apply(variables, *args), apply(variables, *args))
+
+
+@pytest.mark.parametrize("fields", [BASE, EFFICIENT])
+def test_bfloat16_is_near_float32(fields):
+    wide, narrow = run(fields, *inputs()), run(fields | {"dtype": "bfloat16"}, *inputs())
+    error = np.sqrt(np.mean(np.square(wide - narrow)) / np.mean(np.square(wide)))
+    assert 0 < error < 0.03
+
+
+@pytest.mark.parametrize("key", ["lowres", "aug_logsnr"])
+def test_super_resolution_conditions_matter(key):
+    z_t, logsnr, cond = inputs()
+    changed = cond | {key: cond[key] + 1}
+    assert (
+        np.abs(run(EFFICIENT, z_t, logsnr, cond) - run(EFFICIENT, z_t, logsnr, changed)).max() > 0
+    )
+
+
+def test_lowres_is_seen_at_the_pictures_size():
+    """A picture enlarged beforehand is the same condition."""
+    z_t, logsnr, cond = inputs()
+    large = jax.image.resize(cond["lowres"], z_t.shape, "bilinear")
+    small_out = run(EFFICIENT, z_t, logsnr, cond)
+    large_out = run(EFFICIENT, z_t, logsnr, cond | {"lowres": large})
+    np.testing.assert_allclose(small_out, large_out, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_of_a_batch_are_independent():
+    z_t, logsnr, cond = inputs()
+    both = run(BASE, z_t, logsnr, cond)
+    one = run(BASE, z_t[:1], logsnr[:1], jax.tree.map(lambda a: a[:1], cond))
+    np.testing.assert_allclose(both[:1], one, rtol=1e-4, atol=1e-5)
+
+
+def test_logsnr_embedding_tells_all_of_its_range_apart():
+    """Features keep unit scale on [-20, 20] and neighbours of a 1000-step schedule differ."""
+    logsnr = jnp.linspace(-20, 20, 1001)
+    module = LogsnrEmbedding(32, 64, "silu")
+    out = module.apply(module.init(jax.random.key(0), logsnr), logsnr)
+    distance = np.linalg.norm(out[:, None] - out[None], axis=-1)
+    assert distance[~np.eye(1001, dtype=bool)].min() > 1e-2
+    assert 0.1 < out.std() < 2
+
+
+def test_group_norm_by_hand():
+    x = 3 + 2 * jax.random.normal(jax.random.key(0), (2, 4, 6, 8))
+    scale, shift = jax.random.normal(jax.random.key(1), (2, 2, 8))
+    module = GroupNorm(4, jnp.float32)
+    y = module.apply(module.init(jax.random.key(0), x), x, (scale, shift))
+    grouped = np.asarray(x, np.float64).reshape(2, 4, 6, 4, 2)
+    mean, var = (f(grouped, axis=(1, 2, 4), keepdims=True) for f in (np.mean, np.var))
+    normal = ((grouped - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+    np.testing.assert_allclose(
+        y, normal * (1 + scale[:, None, None]) + shift[:, None, None], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_resampling_places_pixels():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 8))
+    large = enlarge(x, 2)
+    np.testing.assert_array_equal(large[:, 3, 6], x[:, 1, 3])
+    np.testing.assert_allclose(shrink(large, 2), x, rtol=1e-6)
+    shuffled = pixel_shuffle(x, 2)
+    assert shuffled.shape == (2, 6, 10, 2)
+    np.testing.assert_array_equal(shuffled[:, 3, 6], x[:, 1, 3, 4:6])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_blocks": (1,)}, "num_blocks has 1 items"),
+        ({"strides": (1, 3)}, "strides"),
+        ({"resampling": "transposed"}, "resampling is 'transposed'"),
+        ({"dtype": "float8"}, "dtype is 'float8'"),
+        ({"norm_groups": 3}, "norm_groups 3"),
+        ({"head_channels": 5}, "head_channels 5"),
+        ({"pool_heads": 4}, "pool_heads 4"),
+    ],
+)
+def test_contradictions_are_named(change, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        UNet(**BASE | change).init(jax.random.key(0), *inputs())
+
+
+@pytest.mark.parametrize("size", [(8, 13), (6, 8), (0, 8)])
+def test_sizes_that_do_not_fit(size):
+    with pytest.raises(UserError, match=f"{size[0]}×{size[1]}.*multiples of 4"):
+        UNet(**EFFICIENT).init(jax.random.key(0), jnp.zeros((1, *size, 3)), *inputs()[1:])
+
+
+def test_missing_conditions_are_named():
+    z_t, logsnr, cond = inputs()
+    for key in cond:
+        less = {k: v for k, v in cond.items() if k != key}
+        with pytest.raises(UserError, match=f"'{key}' is missing"):
+            UNet(**EFFICIENT).init(jax.random.key(0), z_t, logsnr, less)
+
+
+def test_fields_are_a_config_section():
+    section = {"name": "unet", **BASE}
+    supplied = {key: section.pop(key) for key in ("out_channels", "super_resolution")}
+    assert check("network", NETWORKS, section, supplied=tuple(supplied)) is UNet
