@@ -194,11 +194,10 @@ def measure(jobs: dict[tuple[str, str], Callable], repeats: int) -> dict[tuple[s
 
 def versions() -> dict[str, str]:
     """Versions of what was measured, where installed."""
-    found = {"python": platform.python_version()}
-    for name in ("jax", "flax", "optax", "torch", "imagen-pytorch"):
-        if importlib.util.find_spec(name.replace("-", "_")):
-            found[name] = importlib.metadata.version(name)
-    return found
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    names = ("jax", "flax", "optax", "torch", "imagen-pytorch")
+    found = {name: installed[name] for name in names if name in installed}
+    return {"python": platform.python_version()} | found
 
 
 def markdown(report: dict) -> str:

@@ -243,8 +243,7 @@ class UNet(nn.Module):
             shape = (*z_t.shape[:3], cond["lowres"].shape[-1])
             x = jnp.concatenate([x, jax.image.resize(cond["lowres"], shape, "bilinear")], -1)
         x = conv3x3(self.channels * self.channel_mults[0], style.dtype, "conv_in")(x)
-        skips = []
-        levels = range(len(self.strides))
+        skips, levels = [], range(len(self.strides))
         for i in levels:
             x, made = self._level(i, style, "down")(x, (), emb, text)
             skips.append(made if self.entry_skips else made[1:])
