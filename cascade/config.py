@@ -261,4 +261,4 @@ def _check_tree(where: str, section, schema):
 
 def _check_mapping(where: str, section):
     if not isinstance(section, Mapping | ConfigDict):
-        raise UserError(f"{where} is {section!r}; it must be a section (a dict).")
+        raise UserError(f"{where} is {section!r}; it must be a section with keys of its own.")

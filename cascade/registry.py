@@ -85,7 +85,8 @@ def check_type(what: str, value: Any, expected: Any):
     if expected is float and number:
         return
     if not isinstance(value, expected) or (expected is int and not number):
-        raise UserError(f"{what} is {value!r} ({type(value).__name__}); give {expected.__name__}.")
+        shown = " ".join(repr(value).split())  # a section's own text has several lines
+        raise UserError(f"{what} is {shown} ({type(value).__name__}); give {expected.__name__}.")
 
 
 def _listed(names) -> str:

@@ -39,7 +39,7 @@ def ddim() -> Sampler:
     return Sampler(_nothing, step)
 
 
-def ancestral(*, gamma: float) -> Sampler:
+def ancestral(*, gamma: float = 0.3) -> Sampler:
     """z_s ~ N(mean, variance) of q(z_s|z_t, x_hat) (Ho et al. 2020, algorithm 2).
 
     Args:

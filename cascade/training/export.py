@@ -27,9 +27,16 @@ def read_run(workdir) -> tuple[ConfigDict, bundle.TrainedStage]:
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{workdir} isn't a run's folder: it has no config.json; train one first.")
-    config = configs.from_json(json.loads(path.read_text(encoding="utf-8")))
+    if not path.is_file() or not (workdir / "checkpoints").is_dir():
+        raise UserError(
+            f"{workdir} isn't a run's folder, which has a config.json and checkpoints; train first."
+        )
+    try:
+        config = configs.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); run the training command again to write it anew."
+        ) from error
     configs.check(config)
     stage = Stage(config.stage)
     create = functools.partial(init_state, stage, make_optimizer(config.train))

@@ -45,7 +45,9 @@ class Observer:
         if self.since is None:
             jax.block_until_ready(metrics)
             self._restart_clock()
-        elif step % self.settings.log_every == 0:
+        else:
+            self.timed_steps += 1
+        if step % self.settings.log_every == 0:
             self._log(step, bar)
         last = step == self.settings.steps
         if self.evaluation and (step % self.settings.eval_every == 0 or last):
@@ -63,14 +65,15 @@ class Observer:
     def _log(self, step: int, bar):
         values = summarise(jax.device_get(self.pending))  # the only wait for the device
         seconds = time.perf_counter() - self.since
-        pictures = (len(self.pending)) * self.settings.batch_size
-        values["pictures_per_second"] = pictures / seconds
-        values["flops_per_second"] = values["pictures_per_second"] * self.picture_flops
-        if peak_flops():
-            values["flop_utilisation"] = values["flops_per_second"] / peak_flops()
-        values["input_wait"] = self.input_wait / seconds
+        if self.timed_steps:
+            pictures = self.timed_steps * self.settings.batch_size / seconds
+            values["pictures_per_second"] = pictures
+            values["flops_per_second"] = pictures * self.picture_flops
+            if peak_flops():
+                values["flop_utilisation"] = values["flops_per_second"] / peak_flops()
+            values["input_wait"] = self.input_wait / seconds
+            bar.set_postfix(loss=f"{values['loss']:.4f}", pictures=f"{pictures:.0f}/s")
         self.metrics.scalars(step, values)
-        bar.set_postfix(loss=f"{values['loss']:.4f}", pics=f"{values['pictures_per_second']:.0f}/s")
         self.pending = []
         self._restart_clock()
 

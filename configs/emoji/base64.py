@@ -60,7 +60,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "guidance": 3.0,
             "guidance_interval": (),  # (low, high) in logsnr; () is everywhere
             "rescale": 0.0,
-            "threshold": {"name": "dynamic", "percentile": 99.5, "cap": 1.5},
+            # Dynamic thresholding divides by what it clips at, which greys these white grounds.
+            "threshold": {"name": "static"},
             "aug_level": 0.1,
         },
     }

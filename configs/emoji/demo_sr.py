@@ -15,19 +15,22 @@ def get_config(arg: str = "") -> ConfigDict:
     stage = config.stage
     stage.resolution, stage.lowres_resolution, stage.crop_resolution = 128, 32, 64
     stage.network.update(
-        num_blocks=(1, 1, 2),
-        strides=(4, 2, 2),
+        channels=24,
+        channel_mults=(1, 2, 4, 4),
+        num_blocks=(1, 1, 2, 2),
+        strides=(2, 2, 2, 2),
         middle=False,
         skip_scale=2**-0.5,
-        self_attention=(False, False, True),
-        text_attention=(False, False, True),
+        self_attention=(False, False, False, True),
+        text_attention=(False, False, False, True),
+        head_channels=24,
     )
     stage.sampling.steps, stage.sampling.guidance = 20, 1.0
     train = config.train
     train.steps = 600
     train.batch_size = 16
     if arg == "accelerator":
-        stage.network.channels = 64
+        stage.network.update(channels=64, head_channels=64)
         train.steps, train.batch_size = 6_000, 64
     train.learning_rate.decay_steps = train.steps
     return config if arg == "accelerator" else smoke.variant(config, arg)
