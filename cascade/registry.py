@@ -42,9 +42,9 @@ def check(kind: str, registry: Mapping[str, Callable], section: Mapping[str, Any
     if "name" not in section:
         raise UserError(f"The {kind} section has no `name`; choose one of {_listed(registry)}.")
     name = section["name"]
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         hint = meant(name, registry)
-        raise UserError(f"Unknown {kind} name {name!r}{hint}; {_listed(registry)}.")
+        raise UserError(f"Unknown {kind} name {_shown(name)}{hint}; {_listed(registry)}.")
     factory = registry[name]
     parameters = {
         k: p for k, p in inspect.signature(factory).parameters.items() if k not in supplied
@@ -85,8 +85,12 @@ def check_type(what: str, value: Any, expected: Any):
     if expected is float and number:
         return
     if not isinstance(value, expected) or (expected is int and not number):
-        shown = " ".join(repr(value).split())  # a section's own text has several lines
-        raise UserError(f"{what} is {shown} ({type(value).__name__}); give {expected.__name__}.")
+        kind = type(value).__name__
+        raise UserError(f"{what} is {_shown(value)} ({kind}); give {expected.__name__}.")
+
+
+def _shown(value: Any) -> str:
+    return " ".join(repr(value).split())  # a section's own text has several lines
 
 
 def _listed(names) -> str:
