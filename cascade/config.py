@@ -6,7 +6,6 @@ checked against that part's signature.
 """
 
 import json
-import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -15,86 +14,17 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cascade import registry
-from cascade.data.sources import SOURCES
-from cascade.diffusion.guidance import THRESHOLDS
-from cascade.diffusion.losses import WEIGHTINGS
-from cascade.diffusion.samplers import SAMPLERS
-from cascade.diffusion.schedules import SCHEDULES
 from cascade.errors import UserError
-from cascade.networks import NETWORKS
-from cascade.text.encoders import ENCODERS
-from cascade.training.optim import LEARNING_RATES, OPTIMIZERS
-
-
-class Part:
-    """A section that a registry's factory defines; `supplied` are the program's own keywords."""
-
-    def __init__(self, kind: str, parts: Mapping, supplied: tuple[str, ...] = ()):
-        self.kind, self.parts, self.supplied = kind, parts, supplied
-
-
-SAMPLING = {
-    "sampler": Part("sampler", SAMPLERS),
-    "steps": int,
-    "guidance": float,
-    "guidance_interval": tuple,  # (low, high) in logsnr; () = everywhere
-    "rescale": float,
-    "threshold": Part("threshold", THRESHOLDS),
-    "aug_level": float,
-}
-
-STAGE = {
-    "resolution": int,
-    "channels": int,
-    "lowres_resolution": int,  # 0: a base stage
-    "crop_resolution": int,  # 0: trains on whole pictures
-    "text_width": int,
-    "text_length": int,
-    "network": Part("network", NETWORKS, ("out_channels", "super_resolution")),
-    "schedule": Part("schedule", SCHEDULES),
-    "output": str,
-    "learned_variance": bool,
-    "weighting": Part("weighting", WEIGHTINGS),
-    "text_drop": float,
-    "aug_schedule": Part("schedule", SCHEDULES),
-    "sampling": SAMPLING,
-}
-
-SCHEMA = {
-    "seed": int,
-    "stage": STAGE,
-    "text": Part("text encoder", ENCODERS),
-    "text_cache": str,
-    "data": {
-        "source": Part("data source", SOURCES),
-        "eval_source": Part("data source", SOURCES),
-        "filter": {"min_side": int, "max_aspect": float},
-        "ground": str,
-        "crop": str,
-        "workers": int,
-        "max_broken_rate": float,
-        "cache_decoded": bool,
-    },
-    "train": {
-        "steps": int,
-        "batch_size": int,
-        "microbatches": int,
-        "optimizer": Part("optimizer", OPTIMIZERS, ("learning_rate",)),
-        "learning_rate": Part("learning_rate", LEARNING_RATES),
-        "clip_norm": float,
-        "ema_decay": float,
-        "log_every": int,
-        "eval_every": int,
-        "eval_batches": int,
-        "sample_every": int,
-        "sample_count": int,
-        "checkpoint_every": int,
-        "keep_last": int,
-        "keep_every": int,
-    },
-    "mesh": {"data": int, "fsdp": int, "tensor": int},
-    "sharding_rules": tuple,  # ((path pattern, spec), ...) ahead of the default FSDP rule
-}
+from cascade.parallel.mesh import AXES
+from cascade.schema import (
+    RANGES,
+    SAMPLING,
+    SAMPLING_RANGES,
+    SCHEMA,
+    STAGE,
+    STAGE_RANGES,
+    Part,
+)
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -106,33 +36,56 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
       UserError: no such file, an error inside it, or whatever `check` finds.
     """
-    path, _, arg = spec.partition(":")
-    found = find(path)
-    flag_values = flags.FlagValues()
+    config = _read(spec)
     for override in overrides:
-        if not re.match(r"--config\.[\w.\[\]]+=", override):
-            raise UserError(
-                f"Can't read the argument {override!r}; overrides look like --config.train.steps=9."
-            )
-    argv = ["cascade", f"--config={found}:{arg}", *overrides]
+        _check_override(config, override)
+    if overrides:
+        config = _read(spec, overrides)
+    check(config)
+    return config
+
+
+def _read(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Runs a config file; ml_collections' flags apply the overrides, each as its key's type."""
+    path, _, arg = spec.partition(":")
+    flag_values = flags.FlagValues()
+    argv = ["cascade", f"--config={find(path)}:{arg}", *overrides]
     config_flags.DEFINE_config_file("config", flag_values=flag_values, sys_argv=argv)
     try:
         flag_values(argv)
         config = flag_values.config
     except Exception as error:  # the file is the user's program: it may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(f"Config {spec}: {reason}.") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"Config {spec}: get_config must return an ml_collections.ConfigDict.")
-    check(config)
     return config
+
+
+def _check_override(config: ConfigDict, override: str):
+    """Checks that `--config.a.b=value` or `--config.a.b[0]=value` has something to change."""
+    match = re.match(r"--config\.([\w.\[\]]+)=", override)
+    if not match:
+        raise UserError(
+            f"Can't read the argument {override!r}; overrides look like --config.train.steps=9."
+        )
+    where, section = "config", config
+    for part in match[1].split("."):
+        key, *indices = part.replace("]", "").split("[")
+        _check_known(where, key, section if isinstance(section, ConfigDict) else {})
+        where, section = f"{where}.{key}", section[key]
+        for index in indices:
+            if not (isinstance(section, tuple) and index.isdigit() and int(index) < len(section)):
+                raise UserError(f"{where} has no item [{index}]; mend the index.")
+            section = section[int(index)]
 
 
 def find(path: str) -> pathlib.Path:
     """The config file at `path`, or the one that the package ships under that name."""
-    shipped = pathlib.Path(__file__).parent.parent / path
-    packaged = pathlib.Path(__file__).parent / path
-    for candidate in (pathlib.Path(path), packaged, shipped):
+    package = pathlib.Path(__file__).parent
+    installed = package / path  # configs/ was copied into the package
+    editable = package.parent / path  # configs/ lies beside it, in the checkout
+    for candidate in (pathlib.Path(path), installed, editable):
         if candidate.is_file():
             return candidate
     raise UserError(
@@ -149,23 +102,33 @@ def check(config: ConfigDict):
         with another.
     """
     _check_tree("config", config, SCHEMA)
+    _check_ranges("config", config, RANGES)
     check_stage(config.stage)
-    train = config.train
+    train, data, rate = config.train, config.data, config.train.learning_rate
     if config.text.max_length != config.stage.text_length:
         raise UserError(
             f"config.text.max_length is {config.text.max_length} but config.stage.text_length is "
             f"{config.stage.text_length}; make them equal."
         )
-    for key in ("steps", "batch_size", "microbatches", "log_every", "keep_last"):
-        if train[key] < 1:
-            raise UserError(f"config.train.{key} is {train[key]}; it must be at least 1.")
     if train.batch_size % train.microbatches:
         raise UserError(
             f"config.train.microbatches={train.microbatches} doesn't divide "
             f"config.train.batch_size={train.batch_size}; choose one that does."
         )
-    if config.data.crop not in ("centre", "random"):
-        raise UserError(f"config.data.crop is {config.data.crop!r}; give 'centre' or 'random'.")
+    if "decay_steps" in rate and rate.decay_steps <= rate.warmup_steps:
+        raise UserError(
+            f"config.train.learning_rate.decay_steps is {rate.decay_steps}; it counts the warm-up "
+            f"too, so it must be more than warmup_steps={rate.warmup_steps}."
+        )
+    if data.crop not in ("centre", "random"):
+        raise UserError(f"config.data.crop is {data.crop!r}; give 'centre' or 'random'.")
+    if data.crop == "random" and data.cache_decoded:
+        raise UserError(
+            "config.data.crop is 'random' but config.data.cache_decoded keeps one crop of each "
+            "picture; set crop to 'centre' or cache_decoded to False."
+        )
+    for rule in config.sharding_rules:
+        _check_rule(rule)
 
 
 def check_stage(stage: Mapping):
@@ -175,18 +138,14 @@ def check_stage(stage: Mapping):
       UserError: as `check`.
     """
     _check_tree("config.stage", stage, STAGE)
-    check_sampling(stage["sampling"])
+    _check_ranges("config.stage", stage, STAGE_RANGES)
+    check_sampling(stage["sampling"], "config.stage.sampling")
     if stage["output"] not in ("x", "eps", "v"):
         raise UserError(f"config.stage.output is {stage['output']!r}; give 'x', 'eps' or 'v'.")
-    for key in ("resolution", "channels", "text_width", "text_length"):
-        if stage[key] < 1:
-            raise UserError(f"config.stage.{key} is {stage[key]}; it must be at least 1.")
-    if not 0.0 <= stage["text_drop"] <= 1.0:
-        raise UserError(f"config.stage.text_drop is {stage['text_drop']}; give 0 to 1.")
     resolution, lowres, crop = (
         stage[key] for key in ("resolution", "lowres_resolution", "crop_resolution")
     )
-    if lowres < 0 or lowres >= resolution:
+    if lowres >= resolution:
         raise UserError(
             f"config.stage.lowres_resolution is {lowres}; give less than resolution={resolution}, "
             "or 0 for a base stage."
@@ -200,23 +159,24 @@ def check_stage(stage: Mapping):
         )
 
 
-def check_sampling(sampling: Mapping):
+def check_sampling(sampling: Mapping, where: str = "sampling"):
     """Checks a `sampling` section: a stage's own, or one with the caller's changes.
+
+    Args:
+      where: what errors call the section.
 
     Raises:
       UserError: as `check`.
     """
-    _check_tree("sampling", sampling, SAMPLING)
-    if sampling["steps"] < 1:
-        raise UserError(f"Sampling steps are {sampling['steps']}; give at least 1.")
-    if not math.isfinite(sampling["guidance"]):
-        raise UserError(f"The guidance weight is {sampling['guidance']}; give a finite number.")
+    _check_tree(where, sampling, SAMPLING)
+    _check_ranges(where, sampling, SAMPLING_RANGES)
     interval = sampling["guidance_interval"]
-    if interval and not (len(interval) == 2 and interval[0] < interval[1]):
-        raise UserError(f"guidance_interval is {interval}; give (low, high) in logsnr, or ().")
-    for key in ("aug_level", "rescale"):
-        if not 0.0 <= sampling[key] <= 1.0:
-            raise UserError(f"{key} is {sampling[key]}; give 0 to 1.")
+    numbers = all(isinstance(end, int | float) for end in interval)
+    if interval and not (numbers and len(interval) == 2 and interval[0] < interval[1]):
+        raise UserError(
+            f"{where}.guidance_interval is {interval}; give two numbers (low, high) in logsnr, "
+            "or ()."
+        )
 
 
 def to_json(section) -> dict:
@@ -250,9 +210,7 @@ def _check_tree(where: str, section, schema):
         return
     _check_mapping(where, section)
     for key in section:
-        if key not in schema:
-            meant = registry.meant(key, schema)
-            raise UserError(f"Unknown key {where}.{key}{meant}; remove it or correct its name.")
+        _check_known(where, key, schema)
     for key, inner in schema.items():
         if key not in section:
             raise UserError(f"Missing key {where}.{key}; state it, a config hides no default.")
@@ -262,3 +220,36 @@ def _check_tree(where: str, section, schema):
 def _check_mapping(where: str, section):
     if not isinstance(section, Mapping | ConfigDict):
         raise UserError(f"{where} is {section!r}; it must be a section with keys of its own.")
+
+
+def _check_known(where: str, key: str, known: Mapping):
+    if key not in known:
+        meant = registry.meant(key, known)
+        raise UserError(f"Unknown key {where}.{key}{meant}; remove it or correct its name.")
+
+
+def _check_ranges(where: str, section: Mapping, ranges: Mapping):
+    """Walks a section and its ranges together."""
+    for key, allowed in ranges.items():
+        if key not in section:  # another part of the same registry has it
+            continue
+        if isinstance(allowed, Mapping):
+            _check_ranges(f"{where}.{key}", section[key], allowed)
+        elif not allowed.contains(section[key]):
+            raise UserError(f"{where}.{key} is {section[key]}; it must be {allowed.words}.")
+
+
+def _check_rule(rule):
+    """Checks one of `config.sharding_rules`: (pattern, mesh axes by dimension)."""
+    try:
+        pattern, spec = rule
+        re.compile(pattern)
+        axes = [axis for entry in spec for axis in (entry if type(entry) is tuple else (entry,))]
+        sound = isinstance(spec, tuple) and set(axes) <= {None, *AXES}
+    except (TypeError, ValueError, re.error):
+        sound = False
+    if not sound:
+        raise UserError(
+            f"config.sharding_rules holds {rule!r}; give (pattern, spec) pairs such as "
+            f"('conv.*kernel', (None, 'fsdp')), with the axes {', '.join(AXES)}."
+        )

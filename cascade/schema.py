@@ -1,0 +1,163 @@
+"""What a config holds: the type of each key, and the numbers that it may be."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from cascade.data.sources import SOURCES
+from cascade.diffusion.guidance import THRESHOLDS
+from cascade.diffusion.losses import WEIGHTINGS
+from cascade.diffusion.samplers import SAMPLERS
+from cascade.diffusion.schedules import SCHEDULES
+from cascade.networks import NETWORKS
+from cascade.text.encoders import ENCODERS
+from cascade.training.optim import LEARNING_RATES, OPTIMIZERS
+
+
+class Part:
+    """A section that a registry's factory defines; `supplied` are the program's own keywords."""
+
+    def __init__(self, kind: str, parts: Mapping, supplied: tuple[str, ...] = ()):
+        self.kind, self.parts, self.supplied = kind, parts, supplied
+
+
+SAMPLING = {
+    "sampler": Part("sampler", SAMPLERS),
+    "steps": int,
+    "guidance": float,
+    "guidance_interval": tuple,  # (low, high) in logsnr; () = everywhere
+    "rescale": float,
+    "threshold": Part("threshold", THRESHOLDS),
+    "aug_level": float,
+}
+
+STAGE = {
+    "resolution": int,
+    "channels": int,
+    "lowres_resolution": int,  # 0: a base stage
+    "crop_resolution": int,  # 0: trains on whole pictures
+    "text_width": int,
+    "text_length": int,
+    "network": Part("network", NETWORKS, ("out_channels", "super_resolution")),
+    "schedule": Part("schedule", SCHEDULES),
+    "output": str,
+    "learned_variance": bool,
+    "weighting": Part("weighting", WEIGHTINGS),
+    "text_drop": float,
+    "aug_schedule": Part("schedule", SCHEDULES),
+    "sampling": SAMPLING,
+}
+
+SCHEMA = {
+    "seed": int,
+    "stage": STAGE,
+    "text": Part("text encoder", ENCODERS),
+    "text_cache": str,
+    "data": {
+        "source": Part("data source", SOURCES),
+        "eval_source": Part("data source", SOURCES),
+        "filter": {"min_side": int, "max_aspect": float},
+        "ground": str,
+        "crop": str,
+        "workers": int,
+        "max_broken_rate": float,
+        "cache_decoded": bool,
+    },
+    "train": {
+        "steps": int,
+        "batch_size": int,
+        "microbatches": int,
+        "optimizer": Part("optimizer", OPTIMIZERS, ("learning_rate",)),
+        "learning_rate": Part("learning_rate", LEARNING_RATES),
+        "clip_norm": float,
+        "ema_decay": float,
+        "log_every": int,
+        "eval_every": int,
+        "eval_batches": int,
+        "sample_every": int,
+        "sample_count": int,
+        "checkpoint_every": int,
+        "keep_last": int,
+        "keep_every": int,
+    },
+    "mesh": {"data": int, "fsdp": int, "tensor": int},
+    "sharding_rules": tuple,  # ((path pattern, spec), ...) ahead of the default FSDP rule
+}
+
+
+class Range(NamedTuple):
+    """The numbers that a key may hold; NaN and infinity are in no range."""
+
+    contains: Callable[[float], bool]
+    words: str  # completes "it must be ..."
+
+
+def at_least(low: float) -> Range:
+    """low ≤ x < ∞."""
+    return Range(lambda x: low <= x < math.inf, f"at least {low} and finite")
+
+
+def between(low: float, high: float) -> Range:
+    """low ≤ x ≤ high."""
+    return Range(lambda x: low <= x <= high, f"from {low} to {high}")
+
+
+FINITE = Range(math.isfinite, "a finite number")
+FRACTION = Range(lambda x: 0 <= x < 1, "at least 0 and below 1")
+
+# Laid out as the schemas are. A key of a registered part is checked where the part has it.
+SAMPLING_RANGES = {
+    "steps": at_least(1),
+    "guidance": FINITE,
+    "rescale": between(0, 1),
+    "aug_level": between(0, 1),
+}
+
+STAGE_RANGES = {
+    "resolution": at_least(1),
+    "channels": at_least(1),
+    "lowres_resolution": at_least(0),
+    "crop_resolution": at_least(0),
+    "text_width": at_least(1),
+    "text_length": at_least(1),
+    "network": {"dropout": FRACTION},
+    "text_drop": between(0, 1),
+    "sampling": SAMPLING_RANGES,
+}
+
+RANGES = {
+    "seed": at_least(0),
+    "stage": STAGE_RANGES,
+    "data": {
+        "filter": {"min_side": at_least(0), "max_aspect": at_least(1)},
+        "workers": at_least(0),
+        "max_broken_rate": between(0, 1),
+    },
+    "train": {
+        "steps": at_least(1),
+        "batch_size": at_least(1),
+        "microbatches": at_least(1),
+        "optimizer": {
+            "b1": FRACTION,
+            "b2": FRACTION,
+            "eps": at_least(0),
+            "weight_decay": at_least(0),
+        },
+        "learning_rate": {
+            "peak": at_least(0),
+            "warmup_steps": at_least(0),
+            "decay_steps": at_least(1),
+            "end": at_least(0),
+        },
+        "clip_norm": at_least(0),  # 0: none
+        "ema_decay": FRACTION,
+        "log_every": at_least(1),
+        "eval_every": at_least(0),  # 0, here and in the next three: never
+        "sample_every": at_least(0),
+        "checkpoint_every": at_least(0),
+        "keep_every": at_least(0),
+        "eval_batches": at_least(0),
+        "sample_count": at_least(1),
+        "keep_last": at_least(1),
+    },
+}
