@@ -1,6 +1,7 @@
 """Embeddings of a data set's captions, computed once and kept on disk.
 
-A cache is a folder of segments, `captions-<digest>.safetensors`, each complete in itself:
+A cache is a folder, `<folder>/<start of the encoder's fingerprint>`, of segments,
+`captions-<digest>.safetensors`, each complete in itself:
 
     states [T, D] float16   the states of all captions, one after another, without padding
     starts [N + 1] int64    caption i owns states[starts[i] : starts[i + 1]]
@@ -37,19 +38,21 @@ SEGMENT = 4096  # captions; what a killed run may have to compute again
 class EmbeddingCache:
     """Text embeddings by caption, read from memory-mapped files.
 
-    Opening it reads no states and no weights, and a pickled copy opens the files anew, so it can be
-    handed to data loading processes.
+    Opening it reads no states, and a pickled copy opens the files anew, so it can be handed to data
+    loading processes.
 
     Args:
-      folder: where the segments are, or will be.
-      encoder: makes what is missing; its fingerprint must be the cache's.
+      folder: may hold the caches of many encoders: each has a folder of its own in it, named by the
+        start of the encoder's fingerprint.
+      encoder: makes what is missing.
 
     Raises:
-      UserError: the folder holds the cache of another encoder, or can't be read.
+      UserError: the encoder's folder holds what another made, or can't be read.
     """
 
     def __init__(self, folder: str | Path, encoder: TextEncoder):
-        self._folder = Path(folder)
+        self._parent = Path(folder)
+        self._folder = self._parent / encoder.fingerprint[:16]
         self._encoder = encoder
         self._open()
 
@@ -63,7 +66,7 @@ class EmbeddingCache:
 
     def __reduce__(self):
         """Pickles as a folder and an encoder, both cheap; files are mapped where it is loaded."""
-        return EmbeddingCache, (self._folder, self._encoder)
+        return EmbeddingCache, (self._parent, self._encoder)
 
     def lookup(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
         """The caption's (emb [L, D] float32, zero at padding; mask [L] bool).
@@ -220,8 +223,8 @@ def _check_origin(folder: Path, found: dict[str, str], wanted: dict[str, str]):
             for header in (found, wanted)
         )
         raise UserError(
-            f"The embedding cache {str(folder)!r} was made by {theirs}, not by {ours}; choose"
-            " another folder, or delete it to embed the captions again."
+            f"The embedding cache {str(folder)!r} was made by {theirs}, not by {ours}; delete"
+            " it to embed the captions again."
         )
 
 

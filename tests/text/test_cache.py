@@ -66,8 +66,10 @@ def small_segments(monkeypatch):
     monkeypatch.setattr(cache_module, "SEGMENT", 8)
 
 
-def segments(folder):
-    return sorted(folder.glob("captions-*.safetensors"))
+def segments(folder, encoder=None):
+    """The files of an encoder's cache; the usual Toy's by default."""
+    own = (encoder or Toy()).fingerprint[:16]
+    return sorted((folder / own).glob("captions-*.safetensors"))
 
 
 def assert_holds(cache, captions, encoder):
@@ -108,8 +110,9 @@ def test_every_caption_is_embedded_once(tmp_path_factory, parts):
 
 
 def test_captions_are_stored_as_halves_without_padding(tmp_path):
-    EmbeddingCache(tmp_path, Toy(max_length=1000)).ensure(["one two three"] * 2 + ["four"])
-    (segment,) = segments(tmp_path)
+    encoder = Toy(max_length=1000)
+    EmbeddingCache(tmp_path, encoder).ensure(["one two three"] * 2 + ["four"])
+    (segment,) = segments(tmp_path, encoder)
     states = load_file(segment)["states"]
     assert states.dtype == np.float16 and states.shape == (4, 3)
 
@@ -168,7 +171,8 @@ def test_two_processes_build_one_cache(tmp_path):
     cache = EmbeddingCache(tmp_path, Toy())
     assert len(cache) == 30
     assert_holds(cache, CAPTIONS, Toy())
-    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors"}
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -178,7 +182,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module.os, "replace", full)
     with pytest.raises(UserError, match=r"No space left on device.*make room"):
         EmbeddingCache(tmp_path, Toy()).ensure(CAPTIONS)
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
@@ -187,10 +191,21 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
         EmbeddingCache(tmp_path / "file", Toy()).ensure(CAPTIONS)
 
 
-def test_another_encoders_cache_is_refused(tmp_path):
-    EmbeddingCache(tmp_path, Toy(max_length=6)).ensure(CAPTIONS)
-    with pytest.raises(UserError, match=r"max_length 6 .*, not by toy with max_length 7 .*folder"):
-        EmbeddingCache(tmp_path, Toy(max_length=7))
+def test_encoders_share_a_folder(tmp_path):
+    for missing in (30, 0):  # the second time, each finds its own
+        for encoder in (Toy(max_length=6), Toy(max_length=3)):
+            cache = EmbeddingCache(tmp_path, encoder)
+            cache.ensure(CAPTIONS)
+            assert encoder.tokenized == missing
+            assert_holds(cache, CAPTIONS, encoder)
+
+
+def test_segments_of_another_encoder_are_refused(tmp_path):
+    theirs, ours = Toy(max_length=6), Toy(max_length=7)
+    EmbeddingCache(tmp_path, theirs).ensure(CAPTIONS)
+    segments(tmp_path, theirs)[0].parent.rename(tmp_path / ours.fingerprint[:16])
+    with pytest.raises(UserError, match=r"max_length 6 .*, not by toy with max_length 7 .*delete"):
+        EmbeddingCache(tmp_path, ours)
 
 
 @pytest.mark.parametrize("left", [0, 5, 100, -1])
@@ -230,7 +245,7 @@ def test_captions_stored_twice_are_counted_once(tmp_path):
     EmbeddingCache(tmp_path / "a", Toy()).ensure(CAPTIONS[:8])
     EmbeddingCache(tmp_path / "b", Toy()).ensure(CAPTIONS[4:12])
     for segment in segments(tmp_path / "b"):
-        segment.rename(tmp_path / "a" / segment.name)
+        segment.rename(tmp_path / "a" / segment.relative_to(tmp_path / "b"))
     cache = EmbeddingCache(tmp_path / "a", Toy())
     assert len(cache) == 12
     assert_holds(cache, CAPTIONS[:12], Toy())
