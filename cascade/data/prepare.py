@@ -17,7 +17,7 @@ SMALLEST = 16
 
 def build_emoji(
     out: str | Path,
-    variant: str = "demo",
+    variant: str = "full",
     resolution: int | None = None,
     scenes: int | None = None,
     seed: int = 0,
@@ -30,9 +30,9 @@ def build_emoji(
 
     Args:
       out: folder for data sets; this one goes to `out/emoji/<variant>/<version>`.
-      variant: "demo" or "full", see `cascade.data.emoji.builder.Emoji`.
-      resolution: side of the pictures in pixels; None takes the variant's default (128, 256).
-      scenes: how many composed scenes to add to train; None takes the default (0, 10,000).
+      variant: "full" or "demo", see `cascade.data.emoji.builder.Emoji`.
+      resolution: side of the pictures in pixels; None takes the variant's default (256; demo 128).
+      scenes: how many composed scenes to add to train; None takes the default (10,000; demo 0).
       seed: decides the held-out drawings and the scenes.
       processes: processes that draw; None takes one for small builds, else one a core.
 
@@ -48,7 +48,7 @@ def build_emoji(
     from cascade.data.emoji.builder import DEFAULTS, Emoji
 
     if variant not in DEFAULTS:
-        raise UserError(f"Unknown variant {variant!r} of emoji; choose from demo, full.")
+        raise UserError(f"Unknown variant {variant!r} of emoji; choose from full, demo.")
     settings = DEFAULTS[variant]._replace(seed=seed)
     if resolution is not None:
         settings = settings._replace(resolution=resolution)

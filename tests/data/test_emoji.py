@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from cascade import cli
 from cascade.data import prepare
 from cascade.data.emoji import builder, drawings
 from cascade.data.emoji.builder import DEFAULTS, Settings, heldout_split, plan
@@ -262,6 +264,11 @@ assert "tensorflow" not in sys.modules and "jax" not in sys.modules
 def test_bad_arguments(tmp_path, arguments):
     with pytest.raises(UserError):
         prepare.build_emoji(tmp_path, **arguments)
+
+
+def test_python_and_the_command_line_build_the_same_variant():
+    options = {option.name: option.default for option in cli.build.params}
+    assert signature(prepare.build_emoji).parameters["variant"].default == options["variant"]
 
 
 def test_unwritable_folder(tmp_path):
