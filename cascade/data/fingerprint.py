@@ -10,5 +10,7 @@ def fingerprint(paths: Iterable[Path], settings: tuple) -> str:
     digest = hashlib.sha256(repr(settings).encode())
     for path in sorted(paths):
         state = path.stat()
-        digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
+        digest.update(
+            f"{path} {state.st_size} {state.st_mtime_ns}\n".encode(errors="surrogateescape")
+        )
     return digest.hexdigest()

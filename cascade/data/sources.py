@@ -31,11 +31,12 @@ def tfds(
       data_dir: folder that it was prepared in.
       split: as TFDS writes it: "train", "heldout", "train[:90%]".
       image_key: name of the picture's feature.
-      caption_key: name of the feature with a text, several texts, or a class label.
+      caption_key: name of the feature with a text, several texts, or class labels; a path where it
+        lies within another: "captions/text".
       template: text around each caption: "{}" for none, "a photo of a {}" for labels.
 
     Raises:
-      UserError: no such data set, split or feature.
+      UserError: no such data set or split, or no such picture or text in it.
     """
     return Tfds(dataset, data_dir, split, image_key, caption_key, template)
 
@@ -64,11 +65,15 @@ class Tfds:
                 f"The template {template!r} is wrong; write {{}} for the caption."
             ) from error
         features = builder.info.features
-        for key in (image_key, caption_key):
-            if key not in features:
+        leaves = leaf_features(features)
+        images = [key for key, f in features.items() if isinstance(f, library.features.Image)]
+        texts = [path for path, f in leaves.items() if _holds_text(f)]
+        for what, key, known in (("picture", image_key, images), ("text", caption_key, texts)):
+            if key not in known:
+                is_other = f"; that is {leaves[key]}" if key in leaves else ""
                 raise UserError(
-                    f"Data set {dataset!r} has no feature {key!r}; choose from "
-                    f"{', '.join(sorted(features))}."
+                    f"Data set {dataset!r} has no {what} feature {key!r}{is_other}; "
+                    f"choose from {', '.join(sorted(known)) or 'another data set'}."
                 )
         try:
             self._records = builder.as_data_source(
@@ -80,7 +85,7 @@ class Tfds:
                 f"{', '.join(sorted(builder.info.splits))}."
             ) from error
         self._image_key, self._caption_key, self._template = image_key, caption_key, template
-        self._names = getattr(features[caption_key], "names", None)
+        self._names = getattr(leaves[caption_key], "names", None)
         self.folder = Path(builder.data_dir)
         self.fingerprint = fingerprint(
             [f for f in self.folder.iterdir() if f.is_file()], self._arguments
@@ -97,23 +102,40 @@ class Tfds:
         key = record.get("key", b"")
         return {
             "image": record[self._image_key],
-            "captions": self._texts(record[self._caption_key]),
+            "captions": self._texts(record),
             "key": key.decode() if isinstance(key, bytes) and key else str(i),
         }
 
     def captions(self, i: int) -> list[str]:
         """The captions of record i."""
-        return self._texts(self._records[i][self._caption_key])
+        return self._texts(self._records[i])
 
-    def _texts(self, value) -> list[str]:
-        values = value if isinstance(value, (list, np.ndarray)) and np.ndim(value) else [value]
+    def _texts(self, record: dict) -> list[str]:
+        value = record
+        for key in self._caption_key.split("/"):
+            value = value[key]  # TFDS gives a sequence of dicts as a dict of sequences
+        values = value if isinstance(value, list | np.ndarray) else [value]
         return [self._template.format(_text(v, self._names)) for v in values]
 
 
+def leaf_features(feature, path: str = "") -> dict[str, Any]:
+    """Path -> the TFDS feature there, without the sequences it is in: {"captions/text": Text}."""
+    from tensorflow_datasets.core.features import FeaturesDict, Sequence
+
+    if isinstance(feature, Sequence):
+        return leaf_features(feature.feature, path)
+    if not isinstance(feature, FeaturesDict):
+        return {path: feature}
+    inner = (leaf_features(f, f"{path}/{key}" if path else key) for key, f in feature.items())
+    return {path: leaf for leaves in inner for path, leaf in leaves.items()}
+
+
+def _holds_text(feature) -> bool:
+    return hasattr(feature, "names") or feature.np_dtype == np.object_
+
+
 def _text(value, names: list[str] | None) -> str:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
-    return names[int(value)] if names else str(value)
+    return value.decode("utf-8", errors="replace") if names is None else names[int(value)]
 
 
 def array_record(files: str, image_key: str, caption_key: str) -> "ArrayRecord":
@@ -241,11 +263,12 @@ def read_record(source, i: int) -> dict:
     """Record i.
 
     Raises:
-      BrokenPicture: it can't be read, or has no caption.
+      BrokenPicture: it can't be read, has no caption, or one that is no valid text.
     """
     record = _sound(source.__getitem__, i)
     if not record["captions"]:
         raise BrokenPicture("it has no caption")
+    _check_texts(record["captions"])
     return record
 
 
@@ -253,7 +276,18 @@ def captions_of(source) -> Iterator[str]:
     """Every caption of every record that can be read, repeats included, decoding no picture."""
     for i in range(len(source)):
         with suppress(BrokenPicture):
-            yield from _sound(source.captions, i)
+            captions = _sound(source.captions, i)
+            _check_texts(captions)
+            yield from captions
+
+
+def _check_texts(captions: list[str]):
+    """Raises BrokenPicture for half a character, which JSON can spell and no tokenizer can read."""
+    for caption in captions:
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise BrokenPicture(f"its caption {caption!r} holds a lone surrogate") from error
 
 
 def _sound(read: Callable[[int], Any], i: int):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import pickle
 
 import numpy as np
@@ -13,7 +14,16 @@ from PIL import Image
 
 from cascade.data.folder import read_metadata
 from cascade.data.prepare import build_emoji, write_records
-from cascade.data.sources import SOURCES, array_record, captions_of, folder, synthetic, tfds
+from cascade.data.preprocess import BrokenPicture
+from cascade.data.sources import (
+    SOURCES,
+    array_record,
+    captions_of,
+    folder,
+    read_record,
+    synthetic,
+    tfds,
+)
 from cascade.errors import UserError
 from cascade.registry import build
 
@@ -114,6 +124,28 @@ def test_a_bad_metadata_line_is_named(tmp_path, line, what):
         read_metadata(path)
 
 
+def test_half_a_character_breaks_its_record_alone(pictures):
+    (pictures / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "captions": ["fine", "half \\ud800"]}\n'
+        '{"file_name": "deep/b.png", "caption": "a whole \\ud83d\\ude00"}\n'
+    )
+    source = folder(str(pictures))
+    assert list(captions_of(source)) == ["a whole 😀"]
+    assert read_record(source, 1)["captions"] == ["a whole 😀"]
+    with pytest.raises(BrokenPicture, match=r"'half \\ud800' holds a lone surrogate"):
+        read_record(source, 0)
+
+
+def test_a_file_name_that_is_no_utf8(tmp_path):
+    try:
+        os.mkdir(os.fsencode(tmp_path) + b"/\xff")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    (tmp_path / os.fsdecode(b"\xff") / "a.png").write_bytes(picture())
+    (tmp_path / os.fsdecode(b"\xff") / "a.txt").write_text("a caption")
+    assert list(captions_of(folder(str(tmp_path)))) == ["a caption"]
+
+
 def test_a_short_csv_row_is_named(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,caption\na.png,x\nb.png\n")
     with pytest.raises(UserError, match="line 3"):
@@ -167,7 +199,7 @@ def test_array_record_without_the_feature(pictures, tmp_path):
 
 
 def test_tfds_refusals(tmp_path):
-    build_emoji(tmp_path, resolution=16)
+    build_emoji(tmp_path, "demo", resolution=16)
     good = dict(
         dataset="emoji/demo",
         data_dir=str(tmp_path),
@@ -181,39 +213,80 @@ def test_tfds_refusals(tmp_path):
         ("dataset", "emojis", "no data set 'emojis'"),
         ("data_dir", str(tmp_path / "no"), "no data set"),
         ("split", "test", "no split 'test'.*heldout, train"),
-        ("image_key", "picture", "no feature 'picture'"),
-        ("caption_key", "text", "no feature 'text'"),
+        ("image_key", "picture", "no picture feature 'picture'; choose from image"),
+        ("image_key", "captions", r"no picture feature 'captions'; that is Text\(.*from image"),
+        ("caption_key", "text", "no text feature 'text'; choose from captions, key, kind, scene"),
+        ("caption_key", "image", r"no text feature 'image'; that is Image\(.*from captions"),
+        ("caption_key", "captions/en", "no text feature 'captions/en'"),
         ("template", "{x}", "template"),
     ):
         with pytest.raises(UserError, match=what):
             tfds(**{**good, key: value})
 
 
-def test_tfds_class_labels_become_captions(tmp_path):
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A TFDS data set "told" of three records with every kind of text and some that are none."""
     import tensorflow_datasets as library
 
-    class Labels(library.core.GeneratorBasedBuilder):
+    kinds = library.features
+
+    class Told(library.core.GeneratorBasedBuilder):
         VERSION = library.core.Version("1.0.0")
 
         def _info(self):
             features = {
-                "image": library.features.Image(shape=(8, 8, 3)),
-                "label": library.features.ClassLabel(names=["cat", "dog"]),
+                "image": kinds.Image(shape=(8, 8, 3)),
+                "label": kinds.ClassLabel(names=["cat", "dog"]),
+                "tags": kinds.Sequence(kinds.ClassLabel(names=["big", "small"])),
+                "captions": kinds.Sequence({"id": np.int64, "text": kinds.Text()}),
+                "title": {"en": kinds.Text(), "length": np.int32},
+                "score": np.float32,
             }
-            return library.core.DatasetInfo(
-                builder=self, features=library.features.FeaturesDict(features)
-            )
+            return library.core.DatasetInfo(builder=self, features=kinds.FeaturesDict(features))
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples()}
 
         def _generate_examples(self):
-            for i in range(4):
-                yield i, {"image": io.BytesIO(picture()), "label": i % 2}
+            for i in range(3):
+                yield (
+                    i,
+                    {
+                        "image": io.BytesIO(picture()),
+                        "label": i % 2,
+                        "tags": ["small", "big"][: i + 1],
+                        "captions": [{"id": n, "text": f"{i} told {n}"} for n in range(i)],
+                        "title": {"en": f"title é {i}", "length": 9},
+                        "score": 0.5,
+                    },
+                )
 
-    Labels(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    source = tfds("labels", str(tmp_path), "train", "image", "label", "a photo of a {}")
-    assert sorted(captions_of(source)) == ["a photo of a cat"] * 2 + ["a photo of a dog"] * 2
+    folder = tmp_path_factory.mktemp("told")
+    Told(data_dir=folder, file_format="array_record").download_and_prepare()
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("caption_key", "captions"),
+    [
+        ("label", ["a cat", "a cat", "a dog"]),
+        ("tags", ["a big", "a big", "a small", "a small", "a small"]),
+        ("captions/text", ["a 1 told 0", "a 2 told 0", "a 2 told 1"]),
+        ("title/en", ["a title é 0", "a title é 1", "a title é 2"]),
+    ],
+)
+def test_tfds_texts_and_labels_become_captions(told, caption_key, captions):
+    source = tfds("told", told, "train", "image", caption_key, "a {}")
+    assert sorted(captions_of(source)) == captions
+    assert [source[i]["captions"] for i in range(3)] == [source.captions(i) for i in range(3)]
+
+
+@pytest.mark.parametrize("key", ["captions", "captions/id", "title", "title/length", "score"])
+def test_tfds_captions_that_are_no_text_are_refused(told, key):
+    texts = "choose from captions/text, label, tags, title/en"
+    with pytest.raises(UserError, match=f"no text feature '{key}'.*{texts}"):
+        tfds("told", told, "train", "image", key, "{}")
 
 
 def test_synthetic_is_deterministic():
