@@ -82,7 +82,7 @@ class Prepare(NamedTuple):
 
     source: Any
     order: Order
-    preprocess: Preprocess
+    preprocess: Preprocess | None  # None: the source's pictures are preprocessed already
     pair: PairCrop
     train: bool
     random_crop: bool
@@ -94,7 +94,9 @@ class Prepare(NamedTuple):
             return PADDING
         try:
             record = read_record(self.source, index)
-            picture = self.preprocess(record["image"], rng if self.random_crop else None)
+            picture = record["image"]
+            if self.preprocess is not None:
+                picture = self.preprocess(picture, rng if self.random_crop else None)
         except (BrokenPicture, Filtered) as reason:
             return Skipped(index, str(reason), isinstance(reason, BrokenPicture))
         choice = int(rng.integers(len(record["captions"]))) if self.train else 0
@@ -103,7 +105,7 @@ class Prepare(NamedTuple):
 
     def blank(self) -> dict[str, Any]:
         """A black picture with some caption of the source."""
-        side = self.preprocess.resolution
+        side = self.pair.resolution
         black = self.pair(np.zeros((side, side, 3), np.uint8), self.pair.offset(None))
         caption = next(captions_of(self.source), None)
         if caption is None:
@@ -112,7 +114,11 @@ class Prepare(NamedTuple):
 
 
 class Judge:
-    """Lets prepared pictures pass; counts, logs and drops skipped ones."""
+    """Lets prepared pictures pass; counts, logs and drops skipped ones.
+
+    A broken record is named when it is first met. The counts are told at the end of the first pass,
+    and whenever the number of skipped records reaches a power of two.
+    """
 
     def __init__(self, records: int, max_broken_rate: float):
         self._records, self._max_rate = records, max_broken_rate
@@ -125,12 +131,28 @@ class Judge:
           UserError: too many are broken, or a whole pass left no picture.
         """
         self.seen += 1
-        if not isinstance(element, Skipped):
-            return True
+        usable = not isinstance(element, Skipped)
+        if not usable:
+            self._count(element)
+        skipped = self.broken + self.filtered
+        grown = not usable and skipped.bit_count() == 1
+        if skipped and (grown or self.seen == self._records):
+            log.warning(
+                "Skipped %d of %d records so far: %d broken, %d left out by the filter.",
+                skipped,
+                self.seen,
+                self.broken,
+                self.filtered,
+            )
+        return usable
+
+    def _count(self, element: Skipped):
+        """Counts and names a record that can't be used, and raises what `__call__` raises."""
         self.broken += element.broken
         self.filtered += not element.broken
         if element.broken:
-            log.warning("Skipped broken record %s: %s", element.record, element.reason)
+            if self.seen <= self._records:
+                log.warning("Skipped broken record %s: %s", element.record, element.reason)
             if self.broken > self._max_rate * max(self.seen, RATE_WINDOW):
                 raise UserError(
                     f"{self.broken} of the first {self.seen} records are broken, more than "
@@ -142,7 +164,6 @@ class Judge:
                 f"None of {self.seen} records is usable (the last: number {element.record}, "
                 f"{element.reason}); mend the data or loosen the filter."
             )
-        return False
 
 
 class Fill:
@@ -206,6 +227,7 @@ def make_loader(
     seed: int,
     batch_size: int,
     train: bool,
+    source: Any = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -227,6 +249,7 @@ def make_loader(
       seed: decides order, captions and crops.
       batch_size: of one process.
       train: which source, and which of the two ways above.
+      source: what `make_source` gave, to build it only once; None builds it here.
       process_index, process_count: process p takes every count-th record of the order, from p.
 
     Yields:
@@ -245,7 +268,8 @@ def make_loader(
             "crop 'random' and cache_decoded contradict each other, since a cached picture is "
             "already cropped; set crop to 'centre' or cache_decoded to False."
         )
-    source = make_source(section, train=train)
+    if source is None:
+        source = make_source(section, train=train)
     preprocess = Preprocess(
         resolution,
         colour(section["ground"]),
@@ -253,7 +277,7 @@ def make_loader(
         section["filter"]["max_aspect"],
     )
     if section["cache_decoded"] and source.folder is not None:
-        source = decoded(source, preprocess)
+        source, preprocess = decoded(source, preprocess), None
     pair = PairCrop(resolution, lowres_resolution, crop_resolution).check()
     order = Order(len(source), seed if train else None)
     prepare = Prepare(source, order, preprocess, pair, train, random_crop)

@@ -1,7 +1,9 @@
 """The loader: order, resume, sharding, workers, broken records, evaluation, the decoded cache."""
 
 import io
+import json
 import logging
+import re
 
 import ml_collections
 import numpy as np
@@ -210,6 +212,40 @@ def test_evaluation_marks_a_broken_record_and_keeps_its_shape(pictures):
     assert {b["image"].shape for b in batches} == {(4, 8, 8, 3)}
 
 
+def test_a_caption_that_is_no_text_breaks_its_record(pictures, caplog):
+    for text in pictures.glob("*.txt"):
+        text.unlink()
+    rows = [{"file_name": f"{i:02d}.png", "caption": f"of {i:02d}"} for i in range(RECORDS)]
+    rows[5]["caption"] += "\ud800"
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for cached in (False, True):
+        data = section(pictures, cache_decoded=cached)
+        seen = {name(t) for b in take(loader(data), 20) for t in spelled(b)}
+        assert len(seen) == RECORDS - 1 and not any(t.startswith("05") for t in seen)
+        assert "record 5: its caption 'of 05\\ud800' holds a lone surrogate" in caplog.text
+        caplog.clear()
+
+
+def test_the_counts_of_skipped_records_are_told(pictures, caplog):
+    (pictures / "05.png").write_bytes(b"broken")
+    for i in (1, 7):
+        (pictures / f"{i:02d}.png").write_bytes(picture(i, (16, 4)))
+    data = section(pictures, filter={"min_side": 5, "max_aspect": 9.0}, max_broken_rate=0.5)
+    take(loader(data, batch_size=RECORDS - 3), 4)
+    told = [m for m in caplog.messages if m.startswith("Skipped ") and " so far" in m]
+    counts = [tuple(int(n) for n in re.findall(r"\d+", message)) for message in told]
+    skipped, _, broken, filtered = np.array(counts).T
+    assert (skipped == broken + filtered).all()
+    assert (3, RECORDS, 1, 2) in counts  # at the end of the first pass
+    assert list(skipped[:5]) == [1, 2, 3, 4, 8]
+    assert sum("Skipped broken record 5" in m for m in caplog.messages) == 1
+
+
+def test_sound_data_is_not_spoken_of(pictures, caplog):
+    take(loader(section(pictures)), 20)
+    assert not [m for m in caplog.messages if m.startswith("Skipped")]
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_too_many_broken_records_are_fatal(pictures, cached):
     for i in range(8):
@@ -248,6 +284,22 @@ def test_the_decoded_cache_changes_nothing_and_is_reused(pictures, monkeypatch):
     (pictures / "07.png").write_bytes(picture(1))
     with pytest.raises(AssertionError, match="decoded again"):
         loader(cached)
+
+
+def test_the_filter_is_for_originals_not_for_what_was_cached(pictures):
+    (pictures / "05.png").write_bytes(picture(5, (11, 11)))
+    strict = {"filter": {"min_side": 12, "max_aspect": 1.0}}
+    expected = take(loader(section(pictures, **strict)), 12)
+    assert_same(take(loader(section(pictures, cache_decoded=True, **strict)), 12), expected)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_source_can_be_built_beforehand(pictures, monkeypatch, train):
+    data = section(pictures)
+    source = make_source(data, train=train)
+    expected = take(loader(data, train=train), 6)
+    monkeypatch.setattr("cascade.data.loader.build", None)
+    assert_same(take(loader(data, train=train, source=source), 6), expected)
 
 
 def test_a_stopped_cache_is_not_read(pictures, monkeypatch):
