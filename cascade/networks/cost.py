@@ -22,7 +22,7 @@ class LevelCost(NamedTuple):
 
     Attributes:
       level: top-level name in the parameters, "down_0".
-      height, width: pixels the level's blocks work on.
+      height, width: pixels the level's blocks work on, padding included.
       channels: of its blocks.
       parameters: how many numbers it holds.
       flops: operations of a forward pass over the batch it was described with.
@@ -72,7 +72,8 @@ def describe(network: Any, *args: Any) -> list[LevelCost]:
     for name, tree in variables["params"].items():
         leaves = jax.tree.leaves(tree)
         sizes[name if name in levels else REST] += sum(math.prod(leaf.shape) for leaf in leaves)
-    levels = {REST: (height, width, network.channels * network.channel_mults[0])} | levels
+    ends = (*network.padded(height, width), network.channels * network.channel_mults[0])
+    levels = {REST: ends} | levels
     return [LevelCost(name, *shape, sizes[name], flops[name]) for name, shape in levels.items()]
 
 

@@ -110,6 +110,11 @@ def test_levels_add_up_whatever_the_spelling(fields):
     assert all(row.parameters > 0 and row.flops > 0 for row in rows)
 
 
+def test_padding_is_counted():
+    network = UNet(**BASE | {"strides": (2, 2)})
+    assert describe(network, *inputs(6, 10)) == describe(network, *inputs(8, 12))
+
+
 def test_a_training_step_is_three_forwards():
     """Each product is done again for either input's gradient; text and pictures have none."""
     args = inputs()
