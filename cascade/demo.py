@@ -33,17 +33,10 @@ STAGES = ("base", "sr")
 MINUTES = 15.0  # what the configs' numbers of steps take, all parts together, on two CPU cores
 SEED = 0
 
-# Words and combinations that no caption of the training set holds.
-UNSEEN = (
-    "a green apple",
-    "a kitten",
-    "an automobile",
-    "a purple heart",
-    "a blue star",
-    "an orange cat's face",
-    "a red house",
-    "a puppy",
-)
+# No caption of the training set says any of these: the first four put its words together anew, the
+# others hold a word that no caption has.
+RECOMBINED = ("a purple heart", "a blue star", "a green car", "a pink butterfly")
+NEW_WORDS = ("a crimson heart", "a motorcar", "a hound", "a bungalow")
 
 
 def run(workdir, *, minutes: float):
@@ -58,57 +51,82 @@ def run(workdir, *, minutes: float):
     if not 0 < minutes < float("inf"):
         raise UserError(f"--minutes is {minutes}; give a positive number.")
     workdir = check_writable(workdir)
-    timings = Timings(workdir / "timings.json")
-    with timings.part("build the data"):
+    parts = Parts(workdir / "parts.json")
+    with parts.measured("build the data"):
         build_emoji(workdir / "data", variant="demo")
     experiments = {stage: experiment(stage, workdir, minutes) for stage in STAGES}
     for stage, config in experiments.items():
         click.echo(f"Training the {stage} stage for {config.train.steps} steps.")
-        with timings.part(f"train {stage}"):
+        with parts.measured(f"train {stage}"):
             train(config, workdir / stage)
-    bundle_runs([workdir / stage for stage in STAGES], workdir / "bundle", overwrite=True)
-    with timings.part("sample"):
-        pipe = load(workdir / "bundle")
-        known, unseen = draw(pipe, experiments["sr"])
-    command = f"cascade sample --bundle {shlex.quote(str(workdir / 'bundle'))} --num 4 --prompt "
-    save_pictures(workdir / "pictures", [*known, *unseen])
-    write_report(
-        workdir / "report.html",
-        title="A cascade trained in a few minutes",
-        introduction=introduction(len(known), minutes),
-        command=command + "'a red apple'",
-        known=known,
-        unseen=unseen,
-        stages=[summary(stage, config, workdir) for stage, config in experiments.items()],
-        timings=timings.seconds,
-        facts=machine(),
-    )
-    recognised = sum(drawing.recognised for drawing in known)
+
+    trained = {stage: trained_steps(workdir / stage) for stage in STAGES}
+    bundle, report = workdir / "bundle", workdir / "report.html"
+    if parts.notes.get("drawn at") != trained or not report.is_file():
+        bundle_runs([workdir / stage for stage in STAGES], bundle, overwrite=True)
+        with parts.measured("sample", anew=True):
+            known, unseen, settings = draw(load(bundle), experiments["sr"])
+        save_pictures(workdir / "pictures", [*known, *unseen], settings)
+        write_report(
+            report,
+            title="A cascade trained in a few minutes",
+            introduction=introduction(len(known), minutes),
+            command=own_prompt(bundle),
+            known=known,
+            unseen=unseen,
+            stages=[summary(stage, config, workdir) for stage, config in experiments.items()],
+            parts=parts.rows,
+            facts=machine(),
+        )
+        recognised = sum(drawing.recognised for drawing in known)
+        parts.note("drawn at", trained)
+        parts.note("recognised", f"{recognised} of {len(known)}")
     click.echo(
-        f"{recognised} of {len(known)} pictures are nearest to the drawing their prompt names.\n"
-        f"Report: {workdir / 'report.html'}\nDraw your own: {command}'a red apple'"
+        f"{parts.notes['recognised']} pictures are nearest to the drawing their prompt names.\n"
+        f"Report: {report}\nDraw your own: {own_prompt(bundle)}"
     )
 
 
-class Timings:
-    """Seconds that each part took, kept in a file so that a resumed demo adds to them."""
+class Parts:
+    """Seconds and memory of each part, kept in a file so that a resumed demo adds to them."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        self.seconds = json.loads(path.read_text()) if path.is_file() else {}
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.rows, self.notes = kept.get("rows", {}), kept.get("notes", {})
 
     @contextlib.contextmanager
-    def part(self, name: str):
-        """Adds the time spent inside `with`, interrupted or not."""
+    def measured(self, name: str, anew: bool = False):
+        """Adds the time spent inside `with` (`anew`: replaces it) and the process's peak memory."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            spent = time.perf_counter() - began
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 1)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.seconds))
-            temporary.replace(self.path)
+            before = self.rows.get(name, {"seconds": 0.0, "peak_gib": 0.0})
+            seconds = time.perf_counter() - began + (0.0 if anew else before["seconds"])
+            gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            self.rows[name] = {"seconds": seconds, "peak_gib": max(gib, before["peak_gib"])}
+            self._write()
+
+    def note(self, name: str, value):
+        """Keeps a fact beside the parts."""
+        self.notes[name] = value
+        self._write()
+
+    def _write(self):
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"rows": self.rows, "notes": self.notes}), encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def trained_steps(workdir: pathlib.Path) -> int:
+    """The last step that a run logged."""
+    return max(row["step"] for row in metrics.read(workdir / "metrics.jsonl"))
+
+
+def own_prompt(bundle: pathlib.Path) -> str:
+    """The command that draws the user's own prompt."""
+    return f"cascade sample --bundle {shlex.quote(str(bundle))} --num 4 --prompt 'a red apple'"
 
 
 def experiment(stage: str, workdir: pathlib.Path, minutes: float) -> ConfigDict:
@@ -125,15 +143,20 @@ def experiment(stage: str, workdir: pathlib.Path, minutes: float) -> ConfigDict:
     return config
 
 
-def draw(pipe: Cascade, config) -> tuple[list[Drawing], list[Drawing]]:
-    """Draws every caption of the training set, and the unseen prompts, in one go."""
+def draw(pipe: Cascade, config) -> tuple[list[Drawing], list[Drawing], tuple]:
+    """Draws every caption of the training set, and the unseen prompts, in one go.
+
+    Returns:
+      Drawings of known captions, of unseen prompts, and the settings of each stage.
+    """
     source = make_source(config.data, train=True)
     side = config.stage.resolution
     shrink = Preprocess(side, colour(config.data.ground), **config.data.filter)
     records = [source[index] for index in range(len(source))]
     prompts = [record["captions"][0] for record in records]
+    unseen_prompts = [*RECOMBINED, *NEW_WORDS]
     real = np.stack([shrink(record["image"]) for record in records])
-    stages = pipe([*prompts, *UNSEEN], seed=SEED, batch_size=24, return_stages=True)
+    stages = pipe([*prompts, *unseen_prompts], seed=SEED, batch_size=24, return_stages=True)
     rows = list(zip(*stages, strict=True))
     hits = nearest(stages[-1][: len(real)], real) == np.arange(len(real))
     known = [
@@ -141,16 +164,19 @@ def draw(pipe: Cascade, config) -> tuple[list[Drawing], list[Drawing]]:
         for prompt, row, picture, hit in zip(prompts, rows, real, hits, strict=False)
     ]
     unseen = [
-        Drawing(prompt, row) for prompt, row in zip(UNSEEN, rows[len(prompts) :], strict=True)
+        Drawing(prompt, row) for prompt, row in zip(unseen_prompts, rows[len(real) :], strict=True)
     ]
-    return known, unseen
+    return known, unseen, pipe.settings()
 
 
-def save_pictures(folder: pathlib.Path, drawings: list[Drawing]):
-    """Every final picture as a PNG with its prompt in it, and one sheet of all."""
+def save_pictures(folder: pathlib.Path, drawings: list[Drawing], settings: tuple):
+    """Every final picture as a PNG with what made it inside, and one sheet of all."""
+    stages = json.dumps([configs.to_json(stage) for stage in settings])
     for index, drawing in enumerate(drawings):
         words = "-".join("".join(c if c.isalnum() else " " for c in drawing.prompt).split())
-        metadata = {"prompt": drawing.prompt, "seed": str(SEED)}
+        metadata = {
+            "prompt": drawing.prompt, "seed": str(SEED), "index": str(index), "stages": stages
+        }  # fmt: skip
         save_png(folder / f"{index:02d}-{words}.png", drawing.stages[-1], metadata)
     sheet = contact_sheet(
         [drawing.stages[-1] for drawing in drawings], [drawing.prompt for drawing in drawings]
@@ -180,18 +206,14 @@ def summary(stage: str, config, workdir: pathlib.Path) -> StageSummary:
     speed = f", {np.median(rates):.0f} pictures a second" if rates else ""
     size = config.stage.resolution
     below = f"{config.stage.lowres_resolution} → " if config.stage.lowres_resolution else ""
-    headline = (
-        f"{below}{size}×{size}; {config.train.steps} steps of {config.train.batch_size} "
-        f"pictures{speed}."
-    )
+    steps, batch = trained_steps(workdir / stage), config.train.batch_size
+    headline = f"{below}{size}×{size}; {steps} steps of {batch} pictures{speed}."
     return StageSummary(stage, headline, rows, configs.to_json(config))
 
 
 def machine() -> dict[str, str]:
-    """The hardware, the versions, and the most memory this process has held."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The hardware and the versions."""
     return {
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "peak memory of this process": f"{kilobytes / 2**20:.1f} GiB",
         "Python and jax": f"{platform.python_version()}, {jax.__version__}",
     }

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import FrozenConfigDict
 
 from cascade import config as configs
@@ -56,8 +57,8 @@ class Stage:
         self.aug_schedule = registry.build("schedule", SCHEDULES, config.aug_schedule)
         self.weighting = registry.build("weighting", losses.WEIGHTINGS, config.weighting)
         emb, mask = null_text or (
-            jnp.zeros((config.text_length, config.text_width)),
-            jnp.zeros(config.text_length, bool),
+            np.zeros((config.text_length, config.text_width), np.float32),
+            np.zeros(config.text_length, bool),
         )
         self.null_cond = {"text_emb": emb, "text_mask": mask}
         self.training_resolution = config.crop_resolution or config.resolution
@@ -102,12 +103,7 @@ class Stage:
     @functools.cached_property
     def forward_flops(self) -> int:
         """FLOPs of one forward pass of one picture at the training resolution."""
-        params = jax.eval_shape(self.init, jax.random.key(0))
-
-        def forward(params, *arguments):
-            return self.network.apply({"params": params}, *arguments)
-
-        return round(sum(cost.count(forward, params, *self.shapes(1)).values()))
+        return round(sum(row.flops for row in cost.describe(self.network, *self.shapes(1))))
 
     def loss(self, params, batch, key, train: bool = True):
         """The weighted denoising loss of a batch, a scalar, and its metrics.
@@ -197,8 +193,8 @@ class Stage:
           guidance_weight, aug_level: override the settings' own; may be traced.
         """
         self.check_size(size)
-        aug_keys, noise_keys = (
-            jax.vmap(jax.random.fold_in, (0, None))(keys, purpose) for purpose in range(2)
+        aug_keys, z_keys, step_keys = (
+            jax.vmap(jax.random.fold_in, (0, None))(keys, purpose) for purpose in range(3)
         )
         if not self.is_base:
             level = settings.aug_level if aug_level is None else aug_level
@@ -210,10 +206,10 @@ class Stage:
         weight = settings.guidance if guidance_weight is None else guidance_weight
         denoise = self.denoiser(params, cond, null_cond, settings, weight)
         shape = (*size, self.config.channels)
-        z_1 = process.picture_noise(noise_keys, shape)
+        z_1 = process.picture_noise(z_keys, shape)
         sampler = registry.build("sampler", samplers.SAMPLERS, settings.sampler)
         times = samplers.time_steps(self.schedule, settings.steps)
-        x = samplers.sample(sampler, denoise, z_1, times, noise_keys)
+        x = samplers.sample(sampler, denoise, z_1, times, step_keys)
         return jnp.clip(x, -1.0, 1.0)
 
     @functools.cached_property
@@ -223,9 +219,9 @@ class Stage:
 
 
 def summarise(metrics: list[dict]) -> dict[str, float]:
-    """Means over steps of the metrics that `Stage.loss` returns, as plain floats.
+    """Means, over all pictures of several batches, of what `Stage.loss` returned, as plain floats.
 
-    A bucket that no picture fell into gives NaN.
+    A bucket that no picture fell into gives NaN. Other entries are averaged over batches.
     """
     sums = sum(m["bucket_sum"] for m in metrics)
     counts = sum(m["bucket_count"] for m in metrics)
@@ -235,6 +231,7 @@ def summarise(metrics: list[dict]) -> dict[str, float]:
         for name in metrics[0]
         if not name.startswith("bucket_")
     }
+    values["loss"] = float(sums.sum() / counts.sum())
     for low, high, total, count in zip(edges, edges[1:], sums, counts, strict=False):
         values[f"loss_logsnr_{low:g}_{high:g}"] = float(total / count) if count else float("nan")
     return values

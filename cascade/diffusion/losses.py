@@ -75,9 +75,11 @@ WEIGHTINGS = {
 def stratified_times(key: Array, batch: int) -> Array:
     """Times [B] in (0, 1), each uniform, evenly spread over the batch: (i + u) / B with one u.
 
-    Kingma et al. 2021, appendix I.1.
+    Kingma et al. 2021, appendix I.1. Their order is random, so that a part of the batch, such as
+    what isn't padding, meets early and late times alike.
     """
-    t = (jnp.arange(batch) + jax.random.uniform(key)) / batch
+    order_key, shift_key = jax.random.split(key)
+    t = (jax.random.permutation(order_key, batch) + jax.random.uniform(shift_key)) / batch
     bound = jnp.finfo(t.dtype).epsneg
     return jnp.clip(t, bound, 1.0 - bound)
 

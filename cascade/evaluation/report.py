@@ -55,7 +55,7 @@ def write_report(
     known: Sequence[Drawing],
     unseen: Sequence[Drawing],
     stages: Sequence[StageSummary],
-    timings: Mapping[str, float],
+    parts: Mapping[str, Mapping[str, float]],
     facts: Mapping[str, str],
 ):
     """Writes the report, whole or not at all.
@@ -66,8 +66,8 @@ def write_report(
       command: the shell command that draws the reader's own prompt.
       known: drawings of captions of the training set, real pictures beside them.
       unseen: drawings of prompts that no caption of the training set says.
-      timings: part -> seconds.
-      facts: anything else worth a row: machine, versions, memory.
+      parts: part -> {"seconds", "peak_gib"}, the second the most that the process had held by then.
+      facts: anything else worth a row: machine, versions.
     """
     loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True)
@@ -80,7 +80,7 @@ def write_report(
         unseen=unseen,
         recognised=sum(bool(drawing.recognised) for drawing in known),
         stages=[(stage, loss_curve(stage), flat(stage.settings)) for stage in stages],
-        timings=timings,
+        parts=parts,
         facts=facts,
     )
     path = pathlib.Path(path)

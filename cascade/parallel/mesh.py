@@ -39,6 +39,17 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def check_batch(batch_size: int, microbatches: int, mesh: Mesh):
+    """Raises a UserError unless each slice of a global batch divides over processes and devices."""
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (microbatches * shares) or batch_size % jax.process_count():
+        raise UserError(
+            f"config.train.batch_size={batch_size} can't be split into {microbatches} microbatches "
+            f"over {shares} devices (mesh data × fsdp); choose a multiple of "
+            f"{microbatches * shares}."
+        )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Splits an array's first axis over `data` and `fsdp`."""
     return NamedSharding(mesh, P(("data", "fsdp")))

@@ -29,18 +29,33 @@ def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*("fsdp" if axis == widest else None for axis in range(len(shape))))
 
 
+def fits(spec: P, shape: tuple[int, ...], mesh: Mesh) -> bool:
+    """Whether an array of `shape` can be laid out so: enough axes, each of them divisible.
+
+    Adafactor's factored moments carry a kernel's path but not its axes.
+    """
+    parts = [
+        () if names is None else names if isinstance(names, tuple) else (names,) for names in spec
+    ]
+    return len(parts) <= len(shape) and all(
+        length % math.prod(mesh.shape[name] for name in names) == 0
+        for length, names in zip(shape, parts, strict=False)
+    )
+
+
 def shardings(tree, mesh: Mesh, rules: Rules = ()):
     """A tree of shardings for a tree of arrays or `jax.ShapeDtypeStruct`s.
 
     Args:
       tree: anything `jax.tree` walks; a leaf's path reads like `params/down_0/conv/kernel`.
-      rules: (pattern, spec) pairs, searched in order with `re.search`.
+      rules: (pattern, spec) pairs, searched in order with `re.search`; one that doesn't fit an
+        array's axes is passed over.
     """
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         for pattern, spec in rules:
-            if re.search(pattern, name):
+            if re.search(pattern, name) and fits(spec, leaf.shape, mesh):
                 return NamedSharding(mesh, spec)
         return NamedSharding(mesh, fsdp_spec(leaf.shape, mesh))
 

@@ -35,25 +35,31 @@ def checksum(tree) -> jax.Array:
 class Checkpoints:
     """The checkpoints of one working folder."""
 
-    def __init__(self, workdir, *, keep_last: int, keep_every: int):
+    def __init__(self, workdir, *, keep_last: int = 1, keep_every: int = 0, read_only=False):
         """Opens (and makes) `workdir/checkpoints`.
 
         Args:
           keep_last: how many of the newest to keep.
           keep_every: also keep those whose step is a multiple of this; 0 = none.
+          read_only: change nothing in the folder, which a training may be writing to.
 
         Raises:
           UserError: the folder can't be made.
         """
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.read_only = read_only
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not read_only:
+                self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"Can't make {self.folder} ({error.strerror}); give another --workdir."
             ) from error
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last, keep_period=keep_every or None, enable_async_checkpointing=True
+            max_to_keep=None if read_only else keep_last,
+            keep_period=keep_every or None,
+            enable_async_checkpointing=not read_only,
+            read_only=read_only,
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -94,60 +100,62 @@ class Checkpoints:
         self.wait()
         self.manager.close()
 
-    def latest(self) -> int | None:
-        """The newest step that is listed, readable or not."""
-        return self.manager.latest_step()
-
-    def meta(self, step: int) -> dict:
-        """The config, format version and checksum saved with a step."""
-        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-
-    def restore(self, abstract_state, iterator=None):
+    def restore(self, abstract_state, iterator=None, check=lambda config, step: None):
         """The newest checkpoint that is whole, or None where there is none.
 
-        A damaged one is said to be so and set aside as `checkpoints.broken/STEP`.
+        A damaged one is said to be so and, unless this is read-only, set aside as
+        `checkpoints.broken/STEP`.
 
         Args:
           abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings: where each array goes.
           iterator: a Grain iterator to move to the saved position.
+          check: called with a checkpoint's config and step before its arrays are read; raises a
+            UserError where they are another run's.
 
         Returns:
-          (step, state, meta) or None.
+          (step, state, config) or None.
 
         Raises:
-          UserError: there are checkpoints but none is whole.
+          UserError: `check`'s, or there are checkpoints but none is whole.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                return self._restore_step(step, abstract_state, iterator)
-            except UserError:
-                raise
+                meta = self._meta(step)
+                check(meta["config"], step)
+                return step, self._state(step, meta, abstract_state, iterator), meta["config"]
+            except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+                raise  # not the checkpoint's fault
             except Exception as error:  # Orbax raises that very class where data is missing
                 reason = first_line(error)
-                logging.warning("Checkpoint %d is damaged (%s); set aside.", step, reason)
-                self._set_aside(step)
+                logging.warning("Checkpoint %d is damaged (%s); passed over.", step, reason)
+                if not self.read_only:
+                    self._set_aside(step)
                 if step == steps[-1]:
                     raise UserError(
                         f"None of the {len(steps)} checkpoints in {self.folder} can be read "
-                        f"({reason}); they were moved to checkpoints.broken: rerun to start anew."
+                        f"({reason}); move the folder away to start anew."
                     ) from error
         return None
 
-    def _restore_step(self, step: int, abstract_state, iterator):
-        meta = self.meta(step)
+    def _meta(self, step: int) -> dict:
+        restored = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        meta = restored.meta
         if meta["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"Checkpoint {step} in {self.folder} has format {meta['format_version']}, this "
                 f"version reads {FORMAT_VERSION}; use the version that wrote it."
             )
+        return meta
+
+    def _state(self, step: int, meta: dict, abstract_state, iterator):
         items = {"state": ocp.args.StandardRestore(abstract_state)}
         if iterator is not None:
             items["data"] = grain.checkpoint.CheckpointRestore(iterator)
         state = self.manager.restore(step, args=ocp.args.Composite(**items)).state
         if int(checksum(state)) != meta["checksum"]:
             raise ValueError("its checksum doesn't match its contents")
-        return step, state, meta
+        return state
 
     def _set_aside(self, step: int):
         broken = self.folder.with_name("checkpoints.broken")

@@ -42,7 +42,7 @@ def read_run(workdir) -> tuple[ConfigDict, bundle.TrainedStage]:
     create = functools.partial(init_state, stage, make_optimizer(config.train))
     abstract = jax.eval_shape(create, jax.random.key(0))
     here = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.local_devices()[:1])
-    checkpoints = Checkpoints(workdir, keep_last=config.train.keep_last, keep_every=0)
+    checkpoints = Checkpoints(workdir, read_only=True)
     restored = checkpoints.restore(with_shardings(abstract, shardings(abstract, here)))
     checkpoints.close()
     if restored is None:

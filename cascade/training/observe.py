@@ -9,10 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cascade.errors import UserError
 from cascade.images import contact_sheet, save_png, to_uint8
 from cascade.parallel import mesh as meshes
 from cascade.stage import summarise
 from cascade.training.metrics import Metrics, peak_flops
+
+
+def due(step: int, every: int) -> bool:
+    """Whether `step` is a multiple of `every`; 0 is never."""
+    return every > 0 and step % every == 0
 
 
 class Observer:
@@ -26,8 +32,12 @@ class Observer:
         self.workdir = pathlib.Path(workdir)
         self.metrics = Metrics(workdir, start)
         self.evaluation = evaluation
+        # A sheet is drawn where one process holds all of the parameters.
+        self.draws = bool(evaluation) and jax.process_count() == 1
         self.evaluate = jax.jit(functools.partial(stage.loss, train=False))
-        self.key = jax.random.key(config.seed)
+        # Training folds 1 into the seed's key; evaluation and samples have numbers of their own.
+        seed = jax.random.key(config.seed)
+        self.eval_key, self.sample_key = (jax.random.fold_in(seed, purpose) for purpose in (2, 3))
         self.picture_flops = 3 * stage.forward_flops
         self.pending, self.input_wait = [], 0.0
         self.since = None  # the first step compiles; the clock starts after it
@@ -47,13 +57,21 @@ class Observer:
             self._restart_clock()
         else:
             self.timed_steps += 1
-        if step % self.settings.log_every == 0:
+        settings, last = self.settings, step == self.settings.steps
+        if due(step, settings.log_every) or last:
             self._log(step, bar)
-        last = step == self.settings.steps
-        if self.evaluation and (step % self.settings.eval_every == 0 or last):
+        if self.evaluation and (due(step, settings.eval_every) or (settings.eval_every and last)):
             self._evaluate(step, state)
-        if self.evaluation and (step % self.settings.sample_every == 0 or last):
+        if self.draws and (due(step, settings.sample_every) or (settings.sample_every and last)):
             self._sample(step, state)
+
+    def check_finite(self, step: int, metrics):
+        """Raises a UserError where a step's loss isn't a number, before it is saved for good."""
+        if not np.isfinite(float(metrics["loss"])):
+            raise UserError(
+                f"The loss at step {step} is {float(metrics['loss'])}: training diverged; lower "
+                "config.train.learning_rate.peak and start again from the last checkpoint."
+            )
 
     def close(self):
         """Closes the metric files."""
@@ -63,7 +81,8 @@ class Observer:
         self.since, self.input_wait, self.timed_steps = time.perf_counter(), 0.0, 0
 
     def _log(self, step: int, bar):
-        values = summarise(jax.device_get(self.pending))  # the only wait for the device
+        self.check_finite(step, self.pending[-1])  # the only wait for the device
+        values = summarise(jax.device_get(self.pending))
         seconds = time.perf_counter() - self.since
         if self.timed_steps:
             pictures = self.timed_steps * self.settings.batch_size / seconds
@@ -84,7 +103,7 @@ class Observer:
             self.evaluate(
                 state.ema_params,
                 meshes.put_batch(batch, self.mesh),
-                jax.random.fold_in(self.key, index),
+                jax.random.fold_in(self.eval_key, index),
             )[1]
             for index, batch in enumerate(self.evaluation)
         ]
@@ -98,7 +117,7 @@ class Observer:
         batch = {k: v[: self.settings.sample_count] for k, v in self.evaluation[0].items()}
         cond = {k: v for k, v in batch.items() if k in ("text_emb", "text_mask", "lowres")}
         count = len(batch["image"])
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key, jnp.arange(count))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.sample_key, jnp.arange(count))
         size = batch["image"].shape[1:3]
         null = {k: jnp.broadcast_to(v, cond[k].shape) for k, v in self.stage.null_cond.items()}
         drawn = self.stage.draw(state.ema_params, cond, null, keys, self.stage.settings(), size)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from cascade import config as configs
 from cascade import registry
-from cascade.data.loader import make_loader
-from cascade.data.sources import SOURCES, captions_of
+from cascade.data.loader import make_loader, make_source
+from cascade.data.sources import captions_of
 from cascade.errors import UserError
 from cascade.parallel import mesh as meshes
 from cascade.parallel.rules import shardings
@@ -20,47 +20,63 @@ from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
 from cascade.text.encoders import ENCODERS
 from cascade.training.checkpoint import Checkpoints
-from cascade.training.observe import Observer
+from cascade.training.observe import Observer, due
 from cascade.training.optim import make_optimizer
 from cascade.training.state import init_state, make_train_step, with_shardings
 
 # Of a config, what a resumed run may not change without becoming another run.
-FIXED = ("seed", "stage", "text", "train.batch_size", "train.optimizer")
+FIXED = (
+    "seed",
+    "stage",
+    "text",
+    "data",
+    "train.batch_size",
+    "train.microbatches",
+    "train.optimizer",
+    "train.clip_norm",
+    "train.ema_decay",
+)
+# What may: where the same data lies on this machine.
+PLACES = ("data_dir", "path", "files")
 
 
 def train(config, workdir, *, progress: bool = True):
     """Trains one stage until `config.train.steps`, resuming from `workdir` where it left off.
 
-    mesh → loader → Stage → eval_shape → shardings → init | restore → jit(train_step) → loop.
+    mesh → Stage → loader → eval_shape → shardings → init | restore → jit(train_step) → loop.
 
     Args:
       config: an experiment's config, already checked by `cascade.config.load`.
       workdir: the run's folder: checkpoints, metrics.jsonl, tensorboard, samples, config.json.
 
     Raises:
-      UserError: the data, the mesh or the folder doesn't fit, or a checkpoint couldn't be written.
+      UserError: the data, the mesh or the folder doesn't fit, the loss stopped being a number, or
+        a checkpoint couldn't be written.
     """
     settings = config.train
     mesh = meshes.make_mesh(**config.mesh)
-    checkpoints = Checkpoints(workdir, keep_last=settings.keep_last, keep_every=settings.keep_every)
-    embeddings = embedding_cache(config)
-    batches = loader(config, embeddings, train=True)
-    evaluation = list(
-        itertools.islice(loader(config, embeddings, train=False), settings.eval_batches)
-    )
-
-    stage = Stage(config.stage)
+    meshes.check_batch(settings.batch_size, settings.microbatches, mesh)
+    encoder = registry.build("text encoder", ENCODERS, config.text)
+    check_width(config, encoder)
+    stage = Stage(config.stage, encoder.null())
     optimizer = make_optimizer(settings)
     create = functools.partial(init_state, stage, optimizer)
     abstract = jax.eval_shape(create, jax.random.key(config.seed))
     rules = [(pattern, P(*spec)) for pattern, spec in config.sharding_rules]
     placed = shardings(abstract, mesh, rules)
-    restored = checkpoints.restore(with_shardings(abstract, placed), batches)
+
+    embeddings = EmbeddingCache(config.text_cache, encoder)
+    batches = loader(config, embeddings, train=True)
+    evaluation = loader(config, embeddings, train=False)
+    evaluation = list(itertools.islice(evaluation, settings.eval_batches))
+
+    checkpoints = Checkpoints(workdir, keep_last=settings.keep_last, keep_every=settings.keep_every)
+    same_run = functools.partial(check_same_run, config)
+    restored = checkpoints.restore(with_shardings(abstract, placed), batches, same_run)
     if restored is None:
         start, state = 0, jax.jit(create, out_shardings=placed)(jax.random.key(config.seed))
     else:
-        start, state, meta = restored
-        check_same_run(config, meta["config"], start)
+        start, state, _ = restored
     write_config(config, workdir)
 
     step_fn = jax.jit(
@@ -79,7 +95,8 @@ def train(config, workdir, *, progress: bool = True):
         state, metrics = step_fn(state, batch, key)
         observer.after_step(step, state, metrics, bar)
         bar.update()
-        if step % settings.checkpoint_every == 0 or step == settings.steps:
+        if due(step, settings.checkpoint_every) or step == settings.steps:
+            observer.check_finite(step, metrics)
             checkpoints.save(step, state, batches, configs.to_json(config))
     bar.close()
     observer.close()
@@ -87,30 +104,23 @@ def train(config, workdir, *, progress: bool = True):
     return state
 
 
-def embedding_cache(config) -> EmbeddingCache:
-    """The text encoder's embeddings of every caption of the run's data, computed where missing."""
-    encoder = registry.build("text encoder", ENCODERS, config.text)
+def check_width(config, encoder):
+    """Raises a UserError unless the stage takes what the text encoder gives."""
     if encoder.width != config.stage.text_width:
         raise UserError(
             f"config.stage.text_width is {config.stage.text_width} but the text encoder "
             f"{config.text.name!r} gives {encoder.width}; set it to that."
         )
-    cache = EmbeddingCache(config.text_cache, encoder)
-    for section in (config.data.source, config.data.eval_source):
-        cache.ensure(captions_of(registry.build("data source", SOURCES, section)))
-    return cache
 
 
 def loader(config, embeddings: EmbeddingCache, *, train: bool):
-    """This process's share of the batches, as `cascade.data.loader.make_loader` says."""
+    """This process's share of the batches, their captions embedded where they weren't yet."""
     stage, processes = config.stage, jax.process_count()
-    if config.train.batch_size % processes:
-        raise UserError(
-            f"config.train.batch_size={config.train.batch_size} can't be split over {processes} "
-            "processes; choose a multiple of that."
-        )
+    source = make_source(config.data, train=train)
+    embeddings.ensure(captions_of(source))
     return make_loader(
         config.data,
+        source=source,
         resolution=stage.resolution,
         lowres_resolution=stage.lowres_resolution,
         crop_resolution=stage.crop_resolution,
@@ -133,21 +143,28 @@ def write_config(config, workdir):
 
 
 def check_same_run(config, saved: dict, step: int):
-    """Raises a UserError where a resumed run's config is another run's."""
+    """Raises a UserError where the config of a checkpoint is another run's."""
+    now, then = _without_places(configs.to_json(config)), _without_places(saved)
     for path in FIXED:
-        now, then = configs.to_json(config), saved
+        ours, theirs = now, then
         for key in path.split("."):
-            now, then = now[key], then[key]
-        if now != then:
+            ours, theirs = ours.get(key), theirs.get(key)
+        if ours != theirs:
             raise UserError(
-                f"This working folder holds step {step} of a run whose config.{path} differs: "
-                f"{_first_difference(f'config.{path}', now, then)}. Use another --workdir."
+                f"This working folder holds step {step} of another run: "
+                f"{_first_difference(f'config.{path}', ours, theirs)}; use another --workdir."
             )
 
 
-def _first_difference(path: str, now, then) -> str:
-    if isinstance(now, dict) and isinstance(then, dict):
-        for key in sorted(now.keys() | then.keys()):
-            if now.get(key) != then.get(key):
-                return _first_difference(f"{path}.{key}", now.get(key), then.get(key))
-    return f"{path} is {now!r} now and was {then!r}"
+def _without_places(tree):
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _without_places(value) for key, value in tree.items() if key not in PLACES}
+
+
+def _first_difference(path: str, ours, theirs) -> str:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                return _first_difference(f"{path}.{key}", ours.get(key), theirs.get(key))
+    return f"{path} is {ours!r} now and was {theirs!r}"

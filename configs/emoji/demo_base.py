@@ -46,17 +46,17 @@ def get_config(arg: str = "") -> ConfigDict:
     stage.sampling.steps = 30
 
     train = config.train
-    train.steps, train.batch_size = 1_500, 32
+    train.steps, train.batch_size = 1_200, 32
     train.learning_rate = {
         "name": "cosine",
         "peak": 1.5e-3,
         "warmup_steps": 50,
-        "decay_steps": 1_500,
+        "decay_steps": 1_200,
         "end": 5e-5,
     }
     train.ema_decay = 0.99
-    train.log_every, train.checkpoint_every = 10, 250
-    train.eval_every, train.eval_batches, train.sample_every = 250, 1, 10_000
+    train.log_every, train.checkpoint_every = 10, 300
+    train.eval_every, train.eval_batches, train.sample_every = 300, 1, 0
     if arg == "accelerator":
         stage.network.update(channels=128, head_channels=64, norm_groups=32, dtype="bfloat16")
         train.steps = train.learning_rate.decay_steps = 10_000

@@ -87,8 +87,10 @@ def test_times_fill_every_stratum_once_inside_the_open_interval(batch):
     strata = np.sort(np.floor(np.asarray(times, np.float64) * batch), axis=1)
     # Rounding to float32 may carry a time at a stratum's very edge across it.
     assert np.mean(strata == np.arange(batch)) > 0.999
-    offsets = np.asarray(times[:, 0]) * batch
+    offsets = np.asarray(times[:, 0], np.float64) * batch % 1.0
     assert offsets.min() < 0.1 and offsets.max() > 0.9
+    # Any one place in the batch meets early and late times.
+    assert times[:, -1].min() < 0.2 and times[:, -1].max() > 0.8
 
 
 def test_the_bound_is_the_divergence_of_two_gaussians():

@@ -18,7 +18,7 @@ def written(tmp_path, prompt="a red apple"):
         known=[Drawing(prompt, [picture, picture], picture, True)],
         unseen=[Drawing("a blue apple", [picture, picture])],
         stages=[StageSummary("base", "8×8", rows, {"stage": {"resolution": 8}})],
-        timings={"train": 125.0},
+        parts={"train": {"seconds": 125.0, "peak_gib": 1.25}},
         facts={"device": "a CPU"},
     )
     return (tmp_path / "report.html").read_text(encoding="utf-8")

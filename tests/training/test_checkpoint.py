@@ -43,10 +43,8 @@ def assert_equal(one, other):
 def test_state_data_position_and_config_come_back(tmp_path):
     written(tmp_path).close()
     iterator = numbers()
-    step, state, meta = Checkpoints(tmp_path, keep_last=5, keep_every=0).restore(
-        abstract(a_state()), iterator
-    )
-    assert step == 2 and meta["config"] == {"step": 2}
+    step, state, config = Checkpoints(tmp_path).restore(abstract(a_state()), iterator)
+    assert step == 2 and config == {"step": 2}
     assert_equal(state, a_state(2))
     unbroken = numbers()
     next(unbroken), next(unbroken)
@@ -54,7 +52,7 @@ def test_state_data_position_and_config_come_back(tmp_path):
 
 
 def test_nothing_saved_is_none(tmp_path):
-    assert Checkpoints(tmp_path, keep_last=1, keep_every=0).restore(abstract(a_state())) is None
+    assert Checkpoints(tmp_path).restore(abstract(a_state())) is None
 
 
 def test_keep_last_and_keep_every(tmp_path):
@@ -92,7 +90,7 @@ def empty(folder):
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, damage):
     checkpoints = written(tmp_path)
     damage(checkpoints.folder / "2")
-    step, state, _ = Checkpoints(tmp_path, keep_last=5, keep_every=0).restore(abstract(a_state()))
+    step, state, _ = Checkpoints(tmp_path).restore(abstract(a_state()))
     assert step == 1
     assert_equal(state, a_state(1))
     assert (tmp_path / "checkpoints.broken" / "2").exists()
@@ -102,7 +100,7 @@ def test_all_damaged_is_one_sentence(tmp_path):
     checkpoints = written(tmp_path, steps=(1,))
     truncate(checkpoints.folder / "1")
     with pytest.raises(UserError, match="None of the 1 checkpoints"):
-        Checkpoints(tmp_path, keep_last=5, keep_every=0).restore(abstract(a_state()))
+        Checkpoints(tmp_path).restore(abstract(a_state()))
 
 
 def test_any_flipped_bit_changes_the_checksum():
@@ -112,3 +110,25 @@ def test_any_flipped_bit_changes_the_checksum():
         word = np.arange(7, dtype=np.float32)
         word.view(np.uint32)[4] ^= np.uint32(1 << bit)
         assert int(checksum({**state, "w": jnp.asarray(word)})) != base
+
+
+def test_another_runs_checkpoint_is_refused_and_left_alone(tmp_path):
+    written(tmp_path)
+
+    def check(config, step):
+        raise UserError(f"step {step} is another run's")
+
+    other = {"w": jax.ShapeDtypeStruct((7,), jnp.float32)}
+    with pytest.raises(UserError, match="step 2 is another run's"):
+        Checkpoints(tmp_path).restore(other, check=check)
+    assert not (tmp_path / "checkpoints.broken").exists()
+    assert sorted(Checkpoints(tmp_path).manager.all_steps()) == [1, 2]
+
+
+def test_reading_changes_nothing(tmp_path):
+    checkpoints = written(tmp_path)
+    truncate(checkpoints.folder / "2")
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    step, _, _ = Checkpoints(tmp_path, read_only=True).restore(abstract(a_state()))
+    assert step == 1
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before

@@ -1,104 +1,116 @@
-"""A run killed with −9 and started again ends where an unbroken one ends, bit for bit."""
+"""40 steps straight, and 20 + kill −9 + 20, end in the same state, bit for bit."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 
-from cascade.training.export import read_run
-
-STEPS = 40
-TRAIN = """
-import sys
 from cascade import config
-from cascade.training.train import train
-loaded = config.load("configs/emoji/base64.py:smoke", sys.argv[2:])
-train(loaded, sys.argv[1], progress=False)
+from cascade.parallel.mesh import make_mesh
+from cascade.parallel.rules import shardings
+from cascade.stage import Stage
+from cascade.training.checkpoint import Checkpoints
+from cascade.training.optim import make_optimizer
+from cascade.training.state import init_state, with_shardings
+
+# Trains; with a number as second argument, kills itself with −9 at that step.
+TRAIN = """
+import os, pathlib, signal, sys, time
+from cascade import config
+from cascade.training import observe, train
+
+workdir, fatal, overrides = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+after_step = observe.Observer.after_step
+
+def deadly(self, step, *rest):
+    after_step(self, step, *rest)
+    if step == fatal:
+        while not pathlib.Path(workdir, "checkpoints", "20").exists():
+            time.sleep(0.05)  # Orbax writes in the background
+        os.kill(os.getpid(), signal.SIGKILL)
+
+observe.Observer.after_step = deadly
+train.train(config.load("configs/emoji/base64.py:smoke", overrides), workdir, progress=False)
 """
 
-
-def command(workdir, tmp_path, steps=STEPS):
-    overrides = {
-        "text_cache": tmp_path / "text_cache",
-        "train.steps": steps,
-        "train.checkpoint_every": 20,
-        "train.log_every": 1,
-        "train.eval_every": 1000,
-        "train.sample_every": 1000,
-        # One level is enough to learn whether a run goes on as it was.
-        "stage.network.channel_mults": (1,),
-        "stage.network.num_blocks": (1,),
-        "stage.network.strides": (1,),
-        "stage.network.self_attention": (False,),
-        "stage.network.text_attention": (True,),
-        "stage.network.middle": False,
-        "stage.network.dropout": 0.1,
-    }
-    flags = [f"--config.{key}={value}" for key, value in overrides.items()]
-    return [sys.executable, "-c", TRAIN, str(workdir), *flags]
-
-
-def environment():
-    """One device, as a user has; the fake devices are for the sharding tests."""
-    return {**os.environ, "XLA_FLAGS": ""}
-
-
-def losses(workdir):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
-
-
-def checkpointed(workdir, step):
-    return (workdir / "checkpoints" / str(step)).exists()
+# One level is enough to learn whether a run goes on as it was.
+OVERRIDES = {
+    "train.steps": 40,
+    "train.checkpoint_every": 20,
+    "train.log_every": 1,
+    "train.eval_every": 0,
+    "train.sample_every": 0,
+    "stage.network.channel_mults": (1,),
+    "stage.network.num_blocks": (1,),
+    "stage.network.strides": (1,),
+    "stage.network.self_attention": (False,),
+    "stage.network.text_attention": (True,),
+    "stage.network.middle": False,
+    "stage.network.dropout": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """An unbroken run, and one killed with −9 some steps after its checkpoint at step 20."""
-    tmp_path = tmp_path_factory.mktemp("resume")
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    subprocess.run(command(straight, tmp_path), check=True, env=environment())
-    process = subprocess.Popen(command(broken, tmp_path, steps=100_000), env=environment())
-    deadline = time.monotonic() + 300
-    while not checkpointed(broken, 20) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpointed(broken, 20), "the run ended before its first checkpoint"
-    latest = max(int(p.name) for p in (broken / "checkpoints").iterdir() if p.name.isdigit())
-    subprocess.run(command(broken, tmp_path, steps=latest + 20), check=True, env=environment())
-    if latest != 20:  # slow to be killed: the unbroken run goes on to the same step
-        subprocess.run(
-            command(straight, tmp_path, steps=latest + 20), check=True, env=environment()
-        )
-    return straight, broken
+    """(straight, broken): an unbroken run, and one killed at step 25 and started again."""
+    folder = tmp_path_factory.mktemp("resume")
+    flags = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
+    flags.append(f"--config.text_cache={folder}/text_cache")
+    # One device, as a user has; the fake devices are for the sharding tests.
+    environment = {**os.environ, "XLA_FLAGS": ""}
+
+    def run(name, fatal):
+        command = [sys.executable, "-c", TRAIN, str(folder / name), str(fatal), *flags]
+        return subprocess.run(command, env=environment, check=False).returncode
+
+    assert run("straight", fatal=0) == 0
+    assert run("broken", fatal=25) == -signal.SIGKILL
+    assert run("broken", fatal=0) == 0
+    return folder / "straight", folder / "broken"
 
 
-def test_parameters_and_ema_are_bit_identical(runs):
-    (_, straight), (_, broken) = (read_run(run) for run in runs)
-    assert straight.trained_steps == broken.trained_steps
-    for one, other in zip(
-        jax.tree.leaves(straight.params), jax.tree.leaves(broken.params), strict=True
-    ):
+def final_state(workdir):
+    """Everything the last checkpoint holds: step, parameters, EMA and the optimiser's state."""
+    loaded = config.load(
+        "configs/emoji/base64.py:smoke", [f"--config.{k}={v}" for k, v in OVERRIDES.items()]
+    )
+    create = functools.partial(init_state, Stage(loaded.stage), make_optimizer(loaded.train))
+    abstract = jax.eval_shape(create, jax.random.key(0))
+    mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    placed = with_shardings(abstract, shardings(abstract, mesh))
+    step, state, _ = Checkpoints(workdir, read_only=True).restore(placed)
+    assert step == 40
+    return state
+
+
+def test_states_are_bit_identical(runs):
+    straight, broken = map(final_state, runs)
+    for one, other in zip(jax.tree.leaves(straight), jax.tree.leaves(broken), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
 def test_metrics_are_bit_identical_and_each_step_is_there_once(runs):
-    straight, broken = (losses(run) for run in runs)
+    timeless = ("step", "loss", "gradient_norm")
+    straight, broken = (
+        [
+            {k: v for k, v in json.loads(line).items() if k.startswith(timeless)}
+            for line in (run / "metrics.jsonl").read_text().splitlines()
+        ]
+        for run in runs
+    )
+    assert [row["step"] for row in straight] == list(range(1, 41))
     assert straight == broken
-    steps = [json.loads(line)["step"] for line in (runs[1] / "metrics.jsonl").open()]
-    assert steps == sorted(set(steps))
 
 
 def test_data_positions_are_identical(runs):
     def position(run):
-        newest = max((p for p in (run / "checkpoints").iterdir()), key=lambda p: int(p.name))
-        return [p.read_text() for p in sorted((newest / "data").rglob("*.json"))]
+        saved = run / "checkpoints" / "40" / "data"
+        return [p.read_text() for p in sorted(saved.rglob("*.json"))]
 
     assert position(runs[0]) == position(runs[1]) != []

@@ -1,0 +1,109 @@
+"""One whole path at smoke size: train, resume, bundle, draw; and what a run leaves behind."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from cascade import config
+from cascade.cli import main
+from cascade.errors import UserError
+from cascade.training import metrics
+from cascade.training.train import train
+
+SMOKE = "configs/emoji/base64.py:smoke"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished smoke run: (its folder, its config)."""
+    folder = tmp_path_factory.mktemp("train")
+    loaded = config.load(SMOKE, ["--config.mesh.data=2", "--config.mesh.fsdp=4",
+                                 "--config.train.batch_size=8",
+                                 f"--config.text_cache={folder}/cache"])  # fmt: skip
+    train(loaded, folder / "run", progress=False)
+    return folder / "run", loaded
+
+
+def test_metrics_say_what_they_should(run):
+    rows = metrics.read(run[0] / "metrics.jsonl")
+    logged = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in logged] == [2, 4]
+    for key in ("gradient_norm", "pictures_per_second", "flops_per_second", "input_wait"):
+        assert all(row[key] >= 0 for row in logged)
+    assert any(key.startswith("loss_logsnr_") for key in logged[0])
+    assert [row["step"] for row in rows if "eval_loss" in row] == [4]
+    assert list((run[0] / "tensorboard").iterdir())
+
+
+def test_samples_stand_beside_real_pictures(run):
+    with Image.open(run[0] / "samples" / "00000004.png") as sheet:
+        assert np.asarray(sheet).std() > 0
+
+
+def test_train_bundle_sample(run, tmp_path):
+    def cascade(*arguments):
+        result = CliRunner().invoke(main, [str(a) for a in arguments])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    cascade("bundle", "--stages", run[0], "--out", tmp_path / "bundle")
+    cascade("sample", "--bundle", tmp_path / "bundle", "--prompt", "a red apple", "--num", 1,
+            "--out", tmp_path / "out")  # fmt: skip
+    (picture,) = (tmp_path / "out").glob("*.png")
+    side = run[1].stage.resolution
+    assert Image.open(picture).size == (side, side)
+
+
+def test_a_finished_run_started_again_changes_nothing(run):
+    before = (run[0] / "metrics.jsonl").read_text()
+    train(run[1], run[0], progress=False)
+    assert (run[0] / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("seed", 1), ("stage.network.channels", 32), ("train.ema_decay", 0.5)]
+)
+def test_another_config_in_the_same_folder_is_refused_by_key(run, key, value):
+    other = run[1].copy_and_resolve_references()
+    *sections, last = key.split(".")
+    section = other
+    for name in sections:
+        section = section[name]
+    section[last] = value
+    kept = sorted(p.name for p in (run[0] / "checkpoints").iterdir())
+    with pytest.raises(UserError, match=f"config.{key} is"):
+        train(other, run[0], progress=False)
+    assert sorted(p.name for p in (run[0] / "checkpoints").iterdir()) == kept
+
+
+def test_a_batch_that_devices_cant_share_is_refused(tmp_path):
+    loaded = config.load(SMOKE, ["--config.train.batch_size=3", "--config.mesh.data=8"])
+    with pytest.raises(UserError, match="batch_size=3"):
+        train(loaded, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverged_run_stops_with_a_sentence(tmp_path):
+    rate = "--config.train.learning_rate.peak=1e30"
+    loaded = config.load(SMOKE, [rate, "--config.train.clip_norm=0.0", "--config.train.steps=40",
+                                 "--config.mesh.data=1", "--config.mesh.fsdp=8",
+                                 "--config.train.batch_size=8",
+                                 f"--config.text_cache={tmp_path}/cache"])  # fmt: skip
+    with pytest.raises(UserError, match="diverged"):
+        train(loaded, tmp_path / "run", progress=False)
+
+
+def test_rows_after_the_last_checkpoint_are_dropped_and_a_cut_line_ignored(tmp_path):
+    rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 4, "lo')
+    writer = metrics.Metrics(tmp_path, start_step=2)
+    writer.scalars(3, {"loss": 0.5, "not a number": float("nan")})
+    writer.close()
+    assert metrics.read(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 1.0},
+        {"step": 3, "loss": 0.5},
+    ]
