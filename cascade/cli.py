@@ -5,6 +5,8 @@ Imports that are slow (jax and what needs it) happen inside the commands, so `--
 
 import functools
 import logging
+import os
+import pathlib
 import sys
 
 import click
@@ -49,6 +51,9 @@ def main():
 
     Start with `cascade demo`: it does all of these, small, in about 15 minutes on two CPU cores.
     """
+    # What was compiled once is read the next time; jax looks at this when it is imported.
+    compiled = pathlib.Path.home() / ".cache" / "cascade" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file it writes
     logging.getLogger("jax").setLevel(logging.WARNING)  # and jax every backend it doesn't find
@@ -196,6 +201,12 @@ def drawing_options(command):
 @drawing_options
 @click.option("--prompt", required=True, multiple=True, help="What to draw; may be repeated.")
 @click.option("--num", default=4, show_default=True, help="Pictures a prompt.")
+@click.option(
+    "--first-index",
+    default=0,
+    show_default=True,
+    help="Index of the first picture: 5 with --num 1 draws the sixth alone.",
+)
 @click.option("--size", help="HEIGHTxWIDTH of the base picture. [default: the bundle's]")
 @click.option("--out", default="out", show_default=True, help="Folder for the PNG files.")
 @one_sentence
