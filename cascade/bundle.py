@@ -4,15 +4,12 @@
     stage0-00001.safetensors  averaged (EMA) weights, parameter paths joined by "/"
     tokenizer/…               the text encoder's tokenizer files
 
-`cascade.json` names every other file with its size and SHA-256, and carries its own. Loading runs
-no code from the folder and believes nothing it says: names must stay inside the folder, bytes must
-match their sums, and the tensors must be, to a name and a shape, what the config's network needs.
+Loading runs no code from the folder and believes nothing it says: names must stay inside the
+folder, bytes must match their sums (`cascade.manifest`), and the tensors must be, to a name and a
+shape, what the config's network needs (`cascade.shards`).
 """
 
-import hashlib
-import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -21,19 +18,15 @@ from typing import Any, NamedTuple
 
 import jax
 
+from cascade import manifest
 from cascade.config import from_json, to_json
 from cascade.errors import UserError
 from cascade.registry import build
-from cascade.shards import DTYPES, check_shapes, named, read_shards, write_durably, write_shards
+from cascade.shards import DTYPES, check_shapes, named, read_shards, write_shards
 from cascade.stage import Stage
 from cascade.text.encoders import ENCODERS, TextEncoder
 
-FORMAT_VERSION = 1
 SHARD_BYTES = 16_000_000  # the usual limit of code hosts and mail is above this
-MANIFEST_BYTES = 4_000_000  # a cascade.json is a few kilobytes; more isn't read
-BLANK = "0" * 64  # stands for cascade.json's own sum while that is computed
-FILE_ENTRY = {"name": str, "bytes": int, "sha256": str}
-SAFE_NAME = re.compile(r"(tokenizer/)?[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
 
 
 class TrainedStage(NamedTuple):
@@ -107,7 +100,7 @@ def save_bundle(
         tells whether the loader has the same weights.
       text_encoder: the encoder itself.
       dtype: "float32", or "bfloat16" for half the size at 8 bits of precision.
-      shard_bytes: the most that one weight file may take; a tensor above it has its own file.
+      shard_bytes: the most that one weight file may take; a larger tensor is cut to pieces.
       overwrite: replace a bundle that is there. It is lost only once the new one is in place.
 
     Returns:
@@ -127,22 +120,18 @@ def save_bundle(
         (temporary / "tokenizer").mkdir(parents=True)
         text_encoder.save_tokenizer(temporary / "tokenizer")
         tokenizer = sorted(p for p in (temporary / "tokenizer").rglob("*") if p.is_file())
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "sha256": BLANK,
+        contents = {
             "text": {
                 "section": {**text, **({"weights": ""} if "weights" in text else {})},
                 "fingerprint": text_encoder.fingerprint,
-                "files": [_entry(temporary, path) for path in tokenizer],
+                "files": [manifest.file_entry(temporary, path) for path in tokenizer],
             },
             "stages": [
                 _save_stage(temporary, i, trained, dtype, shard_bytes)
                 for i, trained in enumerate(stages)
             ],
         }
-        raw = json.dumps(manifest, indent=1, allow_nan=False).encode()
-        digest = hashlib.sha256(raw).hexdigest().encode()
-        write_durably(temporary / "cascade.json", raw.replace(BLANK.encode(), digest, 1))
+        manifest.write(temporary, contents)
         _move_into_place(temporary, folder)
     except OSError as error:
         raise UserError(
@@ -188,15 +177,9 @@ def _save_stage(folder: Path, index: int, trained: TrainedStage, dtype: str, lim
     return {
         "trained_steps": int(trained.trained_steps),
         "dtype": dtype,
-        "files": [_entry(folder, path) for path in paths],
+        "files": [manifest.file_entry(folder, path) for path in paths],
         "config": to_json(trained.stage.config),
     }
-
-
-def _entry(folder: Path, path: Path) -> dict:
-    data = path.read_bytes()
-    name = path.relative_to(folder).as_posix()
-    return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def load_bundle(folder: str | os.PathLike, text_encoder: TextEncoder | None = None) -> Bundle:
@@ -211,10 +194,11 @@ def load_bundle(folder: str | os.PathLike, text_encoder: TextEncoder | None = No
       UserError: anything is missing, damaged, foreign, untrained or doesn't fit, by name.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
-    text = _fields("text", manifest["text"], {"section": dict, "fingerprint": str, "files": list})
+    contents = manifest.read(folder)
+    types = {"section": dict, "fingerprint": str, "files": list}
+    text = manifest.fields("text", contents["text"], types)
     for i, entry in enumerate(text["files"]):
-        _read_file(folder, f"tokenizer file {i}", entry)
+        manifest.read_file(folder, f"tokenizer file {i}", entry)
     if text_encoder is None:
         text_encoder = _build_encoder(text["section"])
     if text_encoder.fingerprint != text["fingerprint"]:
@@ -222,95 +206,9 @@ def load_bundle(folder: str | os.PathLike, text_encoder: TextEncoder | None = No
             f"The text encoder {text_encoder.name!r} isn't the one that {str(folder)!r} was trained"
             " with (their fingerprints differ); load it with text_encoder= set to that one."
         )
-    stages = tuple(_load_stage(folder, i, entry) for i, entry in enumerate(manifest["stages"]))
+    stages = tuple(_load_stage(folder, i, entry) for i, entry in enumerate(contents["stages"]))
     check_fit(stages, text_encoder)
     return Bundle(stages, text["section"], text_encoder)
-
-
-def _read_manifest(folder: Path) -> dict:
-    """Parses cascade.json and checks its version, its own sum and its outline."""
-    path = folder / "cascade.json"
-    if not path.is_file():
-        raise UserError(
-            f"{str(folder)!r} isn't a bundle (it has no file cascade.json); "
-            "give a folder that `cascade bundle` wrote."
-        )
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MANIFEST_BYTES)
-        manifest = json.loads(raw.decode(), parse_constant=_refuse_constant)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{str(path)!r} can't be read as JSON ({error}); get the bundle again, whole."
-        ) from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION or isinstance(version, (bool, float)):
-        raise UserError(
-            f"{str(path)!r} says format version {version!r} and this program reads "
-            f"{FORMAT_VERSION}; update cascade, or write the bundle again."
-        )
-    _fields("", manifest, {"format_version": int, "sha256": str, "text": dict, "stages": list})
-    digest = manifest["sha256"].encode(errors="replace")
-    blanked = raw.replace(digest, BLANK.encode(), 1)
-    if len(digest) != 64 or hashlib.sha256(blanked).hexdigest().encode() != digest:
-        raise UserError(
-            f"{str(path)!r} was changed or damaged since it was written (its sha256 is wrong); "
-            "get the bundle again, or write it anew with `cascade bundle`."
-        )
-    return manifest
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} isn't JSON")
-
-
-def _fields(where: str, value: Any, types: Mapping[str, type]) -> dict:
-    """Checks that a JSON value is an object with exactly these keys, each of its type."""
-    where = f"`{where}` of cascade.json" if where else "cascade.json"
-    if not isinstance(value, dict) or set(value) != set(types):
-        raise UserError(
-            f"The bundle's {where} must be an object with the keys {', '.join(types)}; "
-            "write the bundle again with `cascade bundle`."
-        )
-    for key, expected in types.items():
-        if type(value[key]) is not expected:
-            raise UserError(
-                f"The bundle's {where} has {key} = {str(value[key])[:40]!r}, where "
-                f"{expected.__name__} is needed; write the bundle again with `cascade bundle`."
-            )
-    return value
-
-
-def _read_file(folder: Path, where: str, entry: Any) -> bytes:
-    """The bytes of a file that cascade.json names, once they are proved to be its."""
-    _fields(where, entry, FILE_ENTRY)
-    name = entry["name"]
-    path = folder / name
-    try:
-        inside = SAFE_NAME.fullmatch(name) and path.resolve().is_relative_to(folder.resolve())
-        if not inside:
-            raise UserError(
-                f"cascade.json names the file {name[:80]!r}, which may lie outside the bundle; "
-                "don't trust this bundle, and get it from its maker."
-            )
-        if not path.is_file():
-            raise UserError(f"The bundle has no file {name!r}; get the bundle again, whole.")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise UserError(
-                f"{name!r} has {size} bytes where {entry['bytes']} were written (a broken copy?); "
-                "get the bundle again, whole."
-            )
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"Can't read {name!r} of the bundle ({error.strerror}); check its permissions."
-        ) from error
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise UserError(
-            f"{name!r} is damaged (its sha256 differs from cascade.json's); get the bundle again."
-        )
-    return data
 
 
 def _build_encoder(section: Mapping[str, Any]) -> TextEncoder:
@@ -327,7 +225,7 @@ def _load_stage(folder: Path, index: int, entry: Any) -> TrainedStage:
     """Reads one stage: its config makes the network, and the network says what to expect."""
     where = f"stage {index}"
     types = {"trained_steps": int, "dtype": str, "files": list, "config": dict}
-    _fields(where, entry, types)
+    manifest.fields(where, entry, types)
     if entry["dtype"] not in DTYPES:
         raise UserError(f"{where} has dtype {entry['dtype'][:40]!r}; float32 or bfloat16 is known.")
     try:
@@ -339,9 +237,8 @@ def _load_stage(folder: Path, index: int, entry: Any) -> TrainedStage:
             f"The config of {where} makes no network: {reason.rstrip('.')}; "
             "write the bundle again with `cascade bundle`."
         ) from error
-    names = [_fields(f"{where}, file", file, FILE_ENTRY)["name"] for file in entry["files"]]
-    contents = (_read_file(folder, f"{where}, file", file) for file in entry["files"])
-    params = read_shards(where, zip(names, contents, strict=True), entry["dtype"], template)
+    files = (manifest.read_file(folder, f"{where}, file", file) for file in entry["files"])
+    params = read_shards(where, files, entry["dtype"], template)
     return TrainedStage(stage, params, entry["trained_steps"])
 
 

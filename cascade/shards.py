@@ -1,10 +1,14 @@
 """Weights of one network as safetensors files: parameter paths joined by "/", small shards.
 
+A tensor too large for a shard is stored flat, in pieces named `path#1of3`, `path#2of3`, ….
+
 Reading runs no code and believes nothing: what the files hold must be, to a name, a shape and a
 dtype, what the network asks for.
 """
 
+import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,32 +23,57 @@ from cascade.errors import UserError
 
 DTYPES = {"float32": ("F32", np.dtype("float32")), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
 HEADER = 200  # bytes a tensor takes in a file's header besides its name, generously
+LEAST_SHARD_BYTES = 1000  # room for any name, its header and some numbers
+PIECE = re.compile(r"(.+)#([1-9]\d{0,5})of([1-9]\d{0,5})")
 
 
 def write_shards(folder: Path, stem: str, params: Any, dtype: str, shard_bytes: int) -> list[Path]:
-    """Writes `stem-00001.safetensors`, … each of at most `shard_bytes`, or of one larger tensor.
+    """Writes `stem-00001.safetensors`, …, each of at most `shard_bytes`.
 
     Args:
       params: a tree of arrays.
       dtype: a key of `DTYPES`; values are rounded to it.
 
     Raises:
-      UserError: a value isn't finite, in `params` or once it is rounded.
+      UserError: a value isn't finite, in `params` or once it is rounded; or shards are to be
+        smaller than `LEAST_SHARD_BYTES`.
     """
+    if shard_bytes < LEAST_SHARD_BYTES:
+        raise UserError(
+            f"Shards of {shard_bytes} bytes can't hold weights; give {LEAST_SHARD_BYTES} or more."
+        )
     shards, room = [], 0
-    for name, leaf in named(params):
-        tensor = np.ascontiguousarray(np.asarray(leaf), dtype=DTYPES[dtype][1])
-        check_finite(stem, name, tensor)
-        size = tensor.nbytes + len(name) + HEADER
-        if size > room:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensor
-        room -= size
+    for path, leaf in named(params):
+        tensor = np.asarray(leaf, dtype=DTYPES[dtype][1], order="C")
+        check_finite(stem, path, tensor)
+        for name, piece in _pieces(path, tensor, shard_bytes):
+            size = piece.nbytes + len(name) + HEADER
+            if size > room:
+                shards.append({})
+                room = shard_bytes
+            shards[-1][name] = piece
+            room -= size
     paths = [folder / f"{stem}-{i + 1:05d}.safetensors" for i in range(len(shards))]
     for path, shard in zip(paths, shards, strict=True):
         write_durably(path, to_safetensors(shard))
     return paths
+
+
+def _pieces(name: str, tensor: np.ndarray, shard_bytes: int) -> list[tuple[str, np.ndarray]]:
+    """The tensor under its name, or flat pieces of it that each fit a shard.
+
+    Flat, because one row of a large convolution's first axis may be too large already.
+    """
+    most = shard_bytes - HEADER - len(name) - len("#999999of999999")
+    if tensor.nbytes <= most:
+        return [(name, tensor)]
+    length = most // tensor.itemsize
+    starts = range(0, tensor.size, length)
+    flat = tensor.reshape(-1)
+    return [
+        (f"{name}#{i}of{len(starts)}", flat[start : start + length])
+        for i, start in enumerate(starts, 1)
+    ]
 
 
 def read_shards(where: str, files: Iterable[tuple[str, bytes]], dtype: str, template: Any) -> Any:
@@ -57,8 +86,8 @@ def read_shards(where: str, files: Iterable[tuple[str, bytes]], dtype: str, temp
       template: a tree of `jax.ShapeDtypeStruct`.
 
     Raises:
-      UserError: a file that can't be parsed; a tensor that is missing, foreign, double, of another
-        shape or dtype, or not finite.
+      UserError: a file that can't be parsed; a tensor that is missing, foreign, double, in pieces
+        that don't make a whole, of another shape or dtype, or not finite.
     """
     code, numpy_dtype = DTYPES[dtype]
     tensors = {}
@@ -77,11 +106,41 @@ def read_shards(where: str, files: Iterable[tuple[str, bytes]], dtype: str, temp
                     "`cascade bundle`."
                 )
             tensors[name] = np.frombuffer(tensor["data"], numpy_dtype).reshape(tensor["shape"])
+    tensors = _joined(where, tensors, dict(named(template)))
     check_shapes(where, tensors, template)
     for name, tensor in tensors.items():
         check_finite(where, name, tensor)
     leaves = [tensors[name].astype(leaf.dtype) for name, leaf in named(template)]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _joined(where: str, tensors: dict[str, np.ndarray], wanted: Mapping) -> dict[str, np.ndarray]:
+    """Tensors with all pieces put together, in the shapes that are wanted of them."""
+    whole, pieces = {}, {}
+    for name, tensor in tensors.items():
+        match = PIECE.fullmatch(name)
+        if match:
+            pieces.setdefault(match[1], {})[int(match[2]), int(match[3])] = tensor
+        else:
+            whole[name] = tensor
+    for name, parts in pieces.items():
+        count = len(parts)
+        fits = (
+            name in wanted
+            and name not in whole
+            and count > 1
+            and sorted(parts) == [(i + 1, count) for i in range(count)]
+            and all(part.ndim == 1 and part.size for part in parts.values())
+            and sum(part.size for part in parts.values()) == math.prod(wanted[name].shape)
+        )
+        if not fits:
+            raise UserError(
+                f"The tensor {name!r} of {where} is in pieces that don't make it whole; get the "
+                "bundle again, or write it anew with `cascade bundle`."
+            )
+        flat = np.concatenate([parts[key] for key in sorted(parts)])
+        whole[name] = flat.reshape(wanted[name].shape)
+    return whole
 
 
 def named(tree: Any) -> list[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from tiny_cascade import TEXT, WordEncoder, stage_config, tiny_stages, trained
 
 from cascade import bundle, shards
 from cascade.errors import UserError
+from cascade.manifest import BLANK
 
 MANY = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -59,12 +60,12 @@ def reseal(folder: Path, edit):
 
 def seal(folder: Path, manifest):
     """Writes cascade.json with its own sum, whatever else it holds."""
-    manifest["sha256"] = bundle.BLANK
+    manifest["sha256"] = BLANK
     raw = json.dumps(manifest).encode()
     digest = hashlib.sha256(raw).hexdigest()
-    blank = f'"sha256": "{bundle.BLANK}", "text"'
+    blank = f'"sha256": "{BLANK}", "text"'
     assert raw.count(blank.encode()) == 1
-    raw = raw.replace(bundle.BLANK.encode(), digest.encode(), 1)
+    raw = raw.replace(BLANK.encode(), digest.encode(), 1)
     (folder / "cascade.json").write_bytes(raw)
 
 
@@ -103,13 +104,10 @@ def test_bfloat16_halves_the_size_and_rounds_to_eight_bits(original, stages, tmp
     assert saved(original) - saved(half) >= 0.49 * arrays
 
 
-def test_shards_stay_below_the_limit_unless_a_tensor_is_larger(stages, tmp_path):
-    limit = 4000
-    many = bundle.save_bundle(tmp_path / "b", stages, TEXT, WordEncoder(), shard_bytes=limit)
+def test_no_shard_is_above_the_limit(stages, tmp_path):
+    many = bundle.save_bundle(tmp_path / "b", stages, TEXT, WordEncoder(), shard_bytes=1000)
     files = list(many.glob("stage*.safetensors"))
-    assert len(files) > 10
-    for path in files:
-        assert path.stat().st_size <= limit or len(load_file(path)) == 1
+    assert len(files) > 20 and max(path.stat().st_size for path in files) <= 1000
     loaded = load(many)
     jax.tree.map(np.testing.assert_array_equal, loaded.stages[1].params, stages[1].params)
 
@@ -266,28 +264,13 @@ def test_a_pickle_is_never_executed(folder):
     assert not trap.exists()
 
 
-KERNEL = "conv_in/kernel"
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda t: t.pop(KERNEL), "conv_in/kernel.*is missing"),
-        (lambda t: t.update(extra=np.zeros(3, np.float32)), "extra.*isn't part"),
-        (lambda t: t.update({KERNEL: t[KERNEL][..., :-1].copy()}), "conv_in/kernel.*shape"),
-        (lambda t: t.update({KERNEL: t[KERNEL].astype(np.float64)}), "conv_in/kernel.*F64"),
-        (lambda t: t.update({KERNEL: t[KERNEL].astype(np.int32)}), "conv_in/kernel.*I32"),
-        (lambda t: t[KERNEL].__setitem__((0, 0, 0, 0), np.nan), "conv_in/kernel.*NaN"),
-        (lambda t: t[KERNEL].__setitem__((0, 0, 0, 0), -np.inf), "conv_in/kernel.*NaN"),
-    ],
-)
-def test_tensors_that_are_not_the_networks(folder, edit, message):
-    edit_tensors(folder, edit)
-    with pytest.raises(UserError, match=message):
+def test_a_tensor_of_another_network_is_named(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop("conv_in/kernel"))
+    with pytest.raises(UserError, match=r"stage 1.*conv_in/kernel.*is missing"):
         load(folder)
 
 
-def test_a_tensor_that_comes_twice(folder):
+def test_a_file_that_comes_twice(folder):
     reseal(folder, lambda m: m["stages"][0]["files"].append(dict(m["stages"][0]["files"][0])))
     with pytest.raises(UserError, match="twice"):
         load(folder)
