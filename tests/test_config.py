@@ -47,7 +47,7 @@ def section_of(loaded, path):
 @pytest.mark.parametrize("arg", ["", ":smoke"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configs_are_complete(name, arg):
-    config.load(f"configs/emoji/{name}.py{arg}")
+    assert set(config.load(f"configs/emoji/{name}.py{arg}")) == set(SCHEMA)
 
 
 @pytest.mark.parametrize("name", ["demo_base", "demo_sr"])
