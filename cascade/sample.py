@@ -1,16 +1,18 @@
 """The jobs `cascade sample` and `cascade upscale`: from a bundle and words to PNG files."""
 
+import itertools
 import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from cascade.errors import UserError
 from cascade.images import check_writable, contact_sheet, read_image, save_png
 from cascade.pipeline import Cascade, load
+
+SHEET_MOST = 64  # pictures
+SHEET_CELLS = (128, 256)  # least and largest side of a picture's place
 
 
 def sample_to_folder(
@@ -20,16 +22,24 @@ def sample_to_folder(
     *,
     num_images: int = 1,
     seed: int = 0,
+    first_index: int = 0,
     size: str | None = None,
-    **options,
+    negative_prompt: str = "",
+    batch_size: int | None = None,
+    progress: bool = True,
+    **changes,
 ) -> list[Path]:
     """Draws prompts with a bundle into PNG files and, for several, a contact sheet.
+
+    A batch's files are written before the next batch is drawn. The sheet shows the first 64.
 
     Args:
       folder: the bundle.
       out: a folder; files of the same prompt, seed and number in it are replaced.
+      first_index: number of the first picture; a PNG's `index` and its prompt redraw it alone.
       size: "HEIGHTxWIDTH" of the base picture.
-      **options: of `Cascade.__call__`.
+      **changes: steps, guidance, aug_level, sampler.
+      Others: as in `Cascade.__call__`.
 
     Returns:
       The files, one a picture, then the sheet.
@@ -39,22 +49,35 @@ def sample_to_folder(
         before anything is drawn.
     """
     out = check_writable(out)
+    base_size = _parsed_size(size)
     pipe = load(folder)
-    images = pipe(list(prompts), num_images, seed, size=_parsed_size(size), **options)
-    captions = np.repeat(np.array(prompts, object), num_images)
-    paths = []
-    for i, (image, prompt) in enumerate(zip(images, captions, strict=True)):
+    batches = pipe.draw_batches(
+        prompts,
+        num_images,
+        seed,
+        negative_prompt=negative_prompt,
+        size=base_size,
+        first_index=first_index,
+        batch_size=batch_size,
+        progress=progress,
+        **changes,
+    )
+    settings = _settings(
+        pipe, changes, negative_prompt=negative_prompt, size=base_size, batch_size=batch_size
+    )
+    paths, shown = [], []
+    for image in itertools.chain.from_iterable(stages[-1] for stages in batches):
+        prompt, index = prompts[len(paths) // num_images], first_index + len(paths)
         words = re.sub(r"\W+", "-", prompt)[:40].strip("-_").lower() or "unconditional"
-        paths.append(
-            save_png(
-                out / f"{words}-{seed}-{i}.png",
-                image,
-                _metadata(pipe, prompt, seed, i, size=size, **options),
-            )
-        )
-    if len(images) > 1:
-        sheet = contact_sheet(images, captions, cell=max(128, max(images.shape[1:3])))
-        paths.append(save_png(out / f"sheet-{seed}.png", sheet))
+        path = out / f"{words}-{seed}-{index}.png"
+        paths.append(save_png(path, image, _metadata(prompt, seed, index, settings)))
+        if len(shown) < SHEET_MOST:
+            shown.append(image)
+    if len(paths) > 1:
+        captions = [prompts[i // num_images] for i in range(len(shown))]
+        cell = min(max(SHEET_CELLS[0], *image.shape[:2]), SHEET_CELLS[1])
+        sheet = contact_sheet(shown, captions, cell=cell)
+        paths.append(save_png(out / f"sheet-{seed}-from-{first_index}.png", sheet))
     return paths
 
 
@@ -66,7 +89,11 @@ def upscale_to_file(
     prompt: str = "",
     stage: int = 1,
     seed: int = 0,
-    **options,
+    negative_prompt: str = "",
+    first_index: int = 0,
+    batch_size: int | None = None,
+    progress: bool = True,
+    **changes,
 ) -> Path:
     """Enlarges a picture file with one stage of a bundle into a PNG file.
 
@@ -75,7 +102,8 @@ def upscale_to_file(
       image: the picture's file.
       out: the PNG file, replaced if it's there.
       stage: which stage enlarges; 1 is the first that can.
-      **options: of `Cascade.upscale`.
+      **changes: steps, guidance, aug_level, sampler.
+      Others: as in `Cascade.upscale`.
 
     Raises:
       UserError: as `cascade.load`, `read_image` and `Cascade.upscale`; a folder that can't be
@@ -85,8 +113,19 @@ def upscale_to_file(
     check_writable(out.parent)
     picture = read_image(image)
     pipe = load(folder)
-    drawn = pipe.upscale(picture, prompt, stage, seed, **options)
-    return save_png(out, drawn[0], _metadata(pipe, prompt, seed, 0, stage=stage, **options))
+    drawn = pipe.upscale(
+        picture,
+        prompt,
+        stage,
+        seed,
+        negative_prompt=negative_prompt,
+        first_index=first_index,
+        batch_size=batch_size,
+        progress=progress,
+        **changes,
+    )
+    settings = _settings(pipe, changes, negative_prompt=negative_prompt, stage=stage)
+    return save_png(out, drawn[0], _metadata(prompt, seed, first_index, settings))
 
 
 def _parsed_size(size: str | None) -> tuple[int, int] | None:
@@ -99,18 +138,18 @@ def _parsed_size(size: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _metadata(pipe: Cascade, prompt: str, seed: int, index: int, **options) -> dict[str, str]:
-    """What must be known to draw a picture again: its texts and each stage's settings."""
-    changes = {
-        key: options.pop(key)
-        for key in ("steps", "guidance", "aug_level", "sampler")
-        if key in options
-    }
-    settings = [stage.to_dict() for stage in pipe.settings(**changes)]
+def _settings(pipe: Cascade, changes: dict, **others) -> str:
+    """Every setting that a picture was drawn with, the bundle's own included, as JSON."""
+    stages = [settings.to_dict() for settings in pipe.settings(**changes)]
+    return json.dumps({"stages": stages, **others})
+
+
+def _metadata(prompt: str, seed: int, index: int, settings: str) -> dict[str, str]:
+    """What a PNG must say for its picture to be drawn again."""
     return {
         "Software": "cascade",
         "prompt": prompt,
         "seed": str(seed),
         "index": str(index),
-        "settings": json.dumps({"stages": settings, **options}),
+        "settings": settings,
     }

@@ -1,0 +1,96 @@
+"""What callers ask of a cascade, checked: prompts, whole numbers, one value for each stage."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from cascade.diffusion.samplers import SAMPLERS
+from cascade.errors import UserError
+from cascade.stage import Stage
+
+
+def checked_prompts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
+    """One text or several as a list.
+
+    Raises:
+      UserError: no text, or something else.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if (
+        not isinstance(prompts, Sequence)
+        or len(prompts) == 0
+        or not all(isinstance(text, str) for text in prompts)
+    ):
+        raise UserError(f"The {name} is {str(prompt)[:60]!r}; give a text, or a list of texts.")
+    return list(prompts)
+
+
+def whole(name: str, value, least: int, most: int | None = None) -> int:
+    """`value`, if it's a whole number from `least` to `most`.
+
+    Raises:
+      UserError: it isn't.
+    """
+    right = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not right or value < least or (most is not None and value > most):
+        limits = f"at least {least}" if most is None else f"{least} to {most}"
+        raise UserError(f"{name} is {value!r}; give a whole number, {limits}.")
+    return int(value)
+
+
+def per_stage(name: str, value, stages: int) -> tuple:
+    """One value a stage, from one for all or from a sequence of as many as stages.
+
+    Raises:
+      UserError: a sequence of another length.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return (value,) * stages
+    if len(value) != stages:
+        raise UserError(
+            f"{name} has {len(value)} values and the cascade {stages} stages; "
+            "give one value, or one for each stage."
+        )
+    return tuple(value)
+
+
+def sampler_section(sampler: str | Mapping) -> dict:
+    """A sampler's config section; a name alone takes its factory's own defaults."""
+    if isinstance(sampler, Mapping):
+        return dict(sampler)
+    section = {"name": sampler}
+    if sampler in SAMPLERS:
+        for key, parameter in inspect.signature(SAMPLERS[sampler]).parameters.items():
+            if parameter.default is not parameter.empty:
+                section[key] = parameter.default
+    return section
+
+
+def stage_sizes(stages: Sequence[Stage], size: tuple[int, int] | None) -> list[tuple[int, int]]:
+    """(height, width) at every stage for a base picture of `size`, its training size if None.
+
+    Raises:
+      UserError: no size, or one that a stage can't draw.
+    """
+    base = stages[0].config.resolution
+    if size is None:
+        size = (base, base)
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
+        raise UserError(f"size is {size!r}; give (height, width) of the base picture.")
+    for side in size:
+        whole("a side of size", side, 1)
+    sizes = []
+    for i, stage in enumerate(stages):
+        scaled = [side * stage.config.resolution for side in size]
+        if any(side % base for side in scaled):
+            raise UserError(
+                f"Stage {i} can't enlarge {size[1]}×{size[0]} by "
+                f"{stage.config.resolution}/{base} to whole pixels; choose another size."
+            )
+        sizes.append((scaled[0] // base, scaled[1] // base))
+        try:
+            stage.check_size(sizes[-1])
+        except UserError as error:
+            raise UserError(f"Stage {i}: {error}") from error
+    return sizes
