@@ -56,6 +56,7 @@ def main():
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file it writes
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a failed save is told once, by us
     logging.getLogger("jax").setLevel(logging.WARNING)  # and jax every backend it doesn't find
 
 

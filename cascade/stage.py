@@ -35,7 +35,7 @@ class Stage:
         """Builds the stage.
 
         Args:
-          config: the `stage` section, a ConfigDict; its keys are `cascade.config.STAGE`.
+          config: the `stage` section, a ConfigDict; its keys are `cascade.schema.STAGE`.
           null_text: the text encoder's null condition (emb [L,D], mask [L]), which dropped texts
             become in training; Imagen's by default: zeros and a cleared mask.
 

@@ -25,7 +25,7 @@ def quick(monkeypatch):
         loaded.stage.crop_resolution = 32 if loaded.stage.lowres_resolution else 0
         loaded.stage.sampling.steps = 1
         loaded.train.steps, loaded.train.batch_size, loaded.train.log_every = 4, 8, 2
-        loaded.train.learning_rate.decay_steps = 4
+        loaded.train.learning_rate.update(decay_steps=4, warmup_steps=1)
         return loaded
 
     monkeypatch.setattr(demo, "experiment", shrunken)

@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from one_level import flags
 
 from cascade import config
 from cascade.parallel.mesh import make_mesh
@@ -39,20 +40,13 @@ observe.Observer.after_step = deadly
 train.train(config.load("configs/emoji/base64.py:smoke", overrides), workdir, progress=False)
 """
 
-# One level is enough to learn whether a run goes on as it was.
-OVERRIDES = {
-    "train.steps": 40,
-    "train.checkpoint_every": 20,
-    "train.log_every": 1,
-    "train.eval_every": 0,
-    "train.sample_every": 0,
-    "stage.network.channel_mults": (1,),
-    "stage.network.num_blocks": (1,),
-    "stage.network.strides": (1,),
-    "stage.network.self_attention": (False,),
-    "stage.network.text_attention": (True,),
-    "stage.network.middle": False,
-    "stage.network.dropout": 0.1,
+SETTINGS = {
+    "train__steps": 40,
+    "train__checkpoint_every": 20,
+    "train__log_every": 1,
+    "train__eval_every": 0,
+    "train__sample_every": 0,
+    "stage__network__dropout": 0.1,
 }
 
 
@@ -60,13 +54,12 @@ OVERRIDES = {
 def runs(tmp_path_factory):
     """(straight, broken): an unbroken run, and one killed at step 25 and started again."""
     folder = tmp_path_factory.mktemp("resume")
-    flags = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
-    flags.append(f"--config.text_cache={folder}/text_cache")
+    overrides = flags(**SETTINGS, text_cache=folder / "text_cache")
     # One device, as a user has; the fake devices are for the sharding tests.
     environment = {**os.environ, "XLA_FLAGS": ""}
 
     def run(name, fatal):
-        command = [sys.executable, "-c", TRAIN, str(folder / name), str(fatal), *flags]
+        command = [sys.executable, "-c", TRAIN, str(folder / name), str(fatal), *overrides]
         return subprocess.run(command, env=environment, check=False).returncode
 
     assert run("straight", fatal=0) == 0
@@ -77,9 +70,7 @@ def runs(tmp_path_factory):
 
 def final_state(workdir):
     """Everything the last checkpoint holds: step, parameters, EMA and the optimiser's state."""
-    loaded = config.load(
-        "configs/emoji/base64.py:smoke", [f"--config.{k}={v}" for k, v in OVERRIDES.items()]
-    )
+    loaded = config.load("configs/emoji/base64.py:smoke", flags(**SETTINGS))
     create = functools.partial(init_state, Stage(loaded.stage), make_optimizer(loaded.train))
     abstract = jax.eval_shape(create, jax.random.key(0))
     mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from one_level import flags
 from PIL import Image
 
 from cascade import config
@@ -20,9 +21,8 @@ SMOKE = "configs/emoji/base64.py:smoke"
 def run(tmp_path_factory):
     """A finished smoke run: (its folder, its config)."""
     folder = tmp_path_factory.mktemp("train")
-    loaded = config.load(SMOKE, ["--config.mesh.data=2", "--config.mesh.fsdp=4",
-                                 "--config.train.batch_size=8",
-                                 f"--config.text_cache={folder}/cache"])  # fmt: skip
+    overrides = flags(mesh__data=2, mesh__fsdp=4, text_cache=folder / "cache")
+    loaded = config.load(SMOKE, overrides)
     train(loaded, folder / "run", progress=False)
     return folder / "run", loaded
 
@@ -87,11 +87,11 @@ def test_a_batch_that_devices_cant_share_is_refused(tmp_path):
 
 
 def test_a_diverged_run_stops_with_a_sentence(tmp_path):
-    rate = "--config.train.learning_rate.peak=1e30"
-    loaded = config.load(SMOKE, [rate, "--config.train.clip_norm=0.0", "--config.train.steps=40",
-                                 "--config.mesh.data=1", "--config.mesh.fsdp=8",
-                                 "--config.train.batch_size=8",
-                                 f"--config.text_cache={tmp_path}/cache"])  # fmt: skip
+    overrides = flags(
+        mesh__data=2, mesh__fsdp=4, text_cache=tmp_path / "cache",
+        train__learning_rate__peak=1e30, train__clip_norm=0.0, train__steps=40,
+    )  # fmt: skip
+    loaded = config.load(SMOKE, overrides)
     with pytest.raises(UserError, match="diverged"):
         train(loaded, tmp_path / "run", progress=False)
 
