@@ -8,13 +8,16 @@ The network: 64×64, dim 64, mults 1,2,3,4, two blocks, self- and text-attention
 levels, spelled as Imagen's base (BigGAN blocks, attention after every block). A training picture
 is one forward and backward pass and an Adam update; a sampling picture is one forward pass, of
 which a sampler takes one or two a step. imagen-pytorch's U-Net of the same dims has
-`cond_dim=256`, which makes its parameters as many. Both see the same batch and text, take turns
-in one process, and each figure is the median of `--repeats`. Results go to bench/results/.
+`cond_dim=256`, which makes its parameters as many. Both see the same batch and text. Each has a
+process of its own, so that its threads don't fight the other's; the two take turns, one waiting
+while the other works, and each figure is the median of `--repeats`. Results go to bench/results/.
 """
 
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import statistics
@@ -32,20 +35,12 @@ import optax
 
 from cascade.networks import UNet
 from cascade.networks.cost import count
+from cascade.training.metrics import PEAK_FLOPS
 
 TEXT_LENGTH, TEXT_WIDTH, SIZE = 32, 384, 64
 LOWER_THREE = (False, True, True, True)
-# Dense bfloat16 TFLOP/s by what jax calls the device, from the makers' data sheets.
-PEAKS = {
-    "NVIDIA H200": 989.0,
-    "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5": 459.0,
-    "TPU v6 lite": 918.0,
-}
+JOBS = ("training", "sampling")
+REST = 0.5  # seconds for the threads of the one to fall asleep before the other is timed
 
 
 def fixed_network(dtype: str) -> UNet:
@@ -77,7 +72,7 @@ def fixed_network(dtype: str) -> UNet:
     )
 
 
-def ours(batch: int, dtype: str) -> tuple[dict[str, Callable], dict[str, float]]:
+def ours(batch: int, dtype: str) -> tuple[dict[str, Callable], dict]:
     """Cascade's jobs (each call does one batch and waits) and what is known of the network."""
     network = fixed_network(dtype)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -109,6 +104,7 @@ def ours(batch: int, dtype: str) -> tuple[dict[str, Callable], dict[str, float]]
         jax.block_until_ready(forward(params, x, logsnr, cond))
 
     facts = {
+        "device": jax.devices()[0].device_kind,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "training flops": count(step, params, optimizer.init(params)).total() / batch,
         "sampling flops": count(network.apply, params, x, logsnr, cond).total() / batch,
@@ -130,7 +126,7 @@ def import_imagen_pytorch() -> type:
     return importlib.import_module("imagen_pytorch.imagen_pytorch").Unet
 
 
-def theirs(batch: int, dtype: str) -> tuple[dict[str, Callable], dict[str, float]]:
+def theirs(batch: int, dtype: str) -> tuple[dict[str, Callable], dict]:
     """imagen-pytorch's jobs and facts, as `ours`."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -179,17 +175,47 @@ def theirs(batch: int, dtype: str) -> tuple[dict[str, Callable], dict[str, float
     return {"training": train, "sampling": sample}, facts
 
 
-def measure(jobs: dict[tuple[str, str], Callable], repeats: int) -> dict[tuple[str, str], float]:
-    """Median seconds a call; the jobs take turns, so that a busy machine slows all of them."""
-    times = {name: [] for name in jobs}
-    with click.progressbar(range(repeats + 1), label="measuring") as rounds:
-        for i in rounds:
-            for name, job in jobs.items():
-                start = time.perf_counter()
-                job()
-                if i:  # the first call compiles
-                    times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+SIDES = {"cascade": ours, "imagen-pytorch": theirs}
+
+
+def serve(side: str, batch: int, dtype: str, pipe: multiprocessing.connection.Connection) -> None:
+    """A child's life: builds and warms up its jobs, tells its facts, times what it's asked for."""
+    jobs, facts = SIDES[side](batch, dtype)
+    for job in JOBS:
+        jobs[job]()  # compiles
+    pipe.send(facts)
+    while job := pipe.recv():
+        start = time.perf_counter()
+        jobs[job]()
+        pipe.send(time.perf_counter() - start)
+
+
+def measure(sides: list[str], batch: int, dtype: str, repeats: int) -> tuple[dict, dict]:
+    """Facts of each side, and median seconds of each (side, job).
+
+    The sides take turns, so that a machine busy with other things slows both.
+    """
+    # Two processes can't both claim most of a GPU's memory beforehand, as jax does.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    spawn = multiprocessing.get_context("spawn")
+    pipes, facts = {}, {}
+    for side in sides:
+        pipes[side], theirs_end = spawn.Pipe()
+        arguments = (side, batch, dtype, theirs_end)
+        spawn.Process(target=serve, args=arguments, daemon=True).start()
+        theirs_end.close()
+        click.echo(f"{side} compiles and warms up …")
+        facts[side] = pipes[side].recv()
+    times = {(side, job): [] for job in JOBS for side in sides}
+    with click.progressbar(range(repeats), label="measuring") as rounds:
+        for _ in rounds:
+            for (side, job), taken in times.items():
+                time.sleep(REST)
+                pipes[side].send(job)
+                taken.append(pipes[side].recv())
+    for pipe in pipes.values():
+        pipe.send(None)
+    return facts, {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def versions() -> dict[str, str]:
@@ -236,25 +262,21 @@ def markdown(report: dict) -> str:
 )
 def main(batch: int, dtype: str, repeats: int, peak: float | None, out: Path) -> None:
     load = os.getloadavg()[0]
-    device = jax.devices()[0].device_kind
-    peak = peak or PEAKS.get(device)
-    sides = {"cascade": ours(batch, dtype)}
-    if importlib.util.find_spec("imagen_pytorch"):
-        sides["imagen-pytorch"] = theirs(batch, dtype)
-    seconds = measure(
-        {(side, job): run for side, (jobs, _) in sides.items() for job, run in jobs.items()},
-        repeats,
-    )
+    installed = importlib.util.find_spec("imagen_pytorch")
+    sides = list(SIDES) if installed else ["cascade"]
+    facts, seconds = measure(sides, batch, dtype, repeats)
+    device = facts["cascade"]["device"]
+    if peak is None and device in PEAK_FLOPS:
+        peak = PEAK_FLOPS[device] / 1e12
     rows = []
     for (side, job), taken in seconds.items():
-        facts = sides[side][1]
-        flops = facts[f"{job} flops"]
+        flops = facts[side][f"{job} flops"]
         tflops = flops * batch / taken / 1e12
         rows.append(
             {
                 "network": side,
                 "job": job,
-                "parameters": facts["parameters"],
+                "parameters": facts[side]["parameters"],
                 "flops": flops,
                 "pictures_per_second": batch / taken,
                 "tflops_per_second": tflops,
@@ -273,7 +295,7 @@ def main(batch: int, dtype: str, repeats: int, peak: float | None, out: Path) ->
         "rows": rows,
         "ratios": {
             job: seconds["imagen-pytorch", job] / seconds["cascade", job]
-            for job in ("training", "sampling")
+            for job in JOBS
             if "imagen-pytorch" in sides
         },
     }
