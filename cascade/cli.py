@@ -55,9 +55,10 @@ def main():
     compiled = pathlib.Path.home() / ".cache" / "cascade" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file it writes
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a failed save is told once, by us
-    logging.getLogger("jax").setLevel(logging.WARNING)  # and jax every backend it doesn't find
+    # Orbax narrates every file it writes and traces every failure, which we say in a sentence.
+    for chatty in ("absl", "asyncio"):
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it names every backend it doesn't find
 
 
 @main.command()
@@ -190,7 +191,9 @@ def drawing_options(command):
             ),
             click.option("--seed", default=0, show_default=True),
             click.option(
-                "--batch-size", default=8, show_default=True, help="Pictures drawn at once."
+                "--batch-size",
+                type=int,
+                help="Pictures drawn at once. [default: 1 on a CPU, else 8]",
             ),
         ]
     ):

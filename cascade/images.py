@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from cascade.data.preprocess import BrokenPicture, area_resize, colour, decode
+from cascade.data.preprocess import BrokenPicture, area_resize, colour, decode, to_rgb
 from cascade.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -184,9 +184,7 @@ def as_lowres(
 def _as_picture(image) -> np.ndarray:
     """uint8 [H, W, 3] from an array or a PIL picture, which is turned upright and laid on white."""
     if isinstance(image, Image.Image):
-        picture = ImageOps.exif_transpose(image).convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "white")
-        return np.asarray(Image.alpha_composite(ground, picture).convert("RGB"))
+        return to_rgb(ImageOps.exif_transpose(image), (255, 255, 255))
     array = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise UserError(f"A picture has the shape {array.shape}; give [height, width, 3].")

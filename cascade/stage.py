@@ -71,7 +71,7 @@ class Stage:
         if min(size) < 1 or any(side % divisor for side in size):
             raise UserError(
                 f"This stage can't draw {size[1]}×{size[0]} (width×height): both sides must be "
-                f"multiples of {divisor}, since its network halves them that far."
+                f"multiples of {divisor}."
             )
 
     def shapes(self, batch: int, size: tuple[int, int] | None = None):

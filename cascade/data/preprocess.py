@@ -43,14 +43,19 @@ def decode(data: bytes, ground: tuple[int, int, int]) -> np.ndarray:
     try:
         picture = Image.open(io.BytesIO(data))
         picture.load()
-        return _to_rgb(ImageOps.exif_transpose(picture), ground)
+        return to_rgb(ImageOps.exif_transpose(picture), ground)
     except UnidentifiedImageError as error:
         raise BrokenPicture("not a picture") from error
     except Exception as error:  # Pillow's readers fail in many ways on damaged files
         raise BrokenPicture(f"{type(error).__name__}: {error}") from error
 
 
-def _to_rgb(picture: Image.Image, ground: tuple[int, int, int]) -> np.ndarray:
+def to_rgb(picture: Image.Image, ground: tuple[int, int, int]) -> np.ndarray:
+    """uint8 [H, W, 3] of a picture of any mode, laid over `ground` where it is transparent.
+
+    Raises:
+      ValueError: floating-point pixels, whose range nobody knows.
+    """
     if picture.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip
         wide = np.asarray(picture).astype(np.int64)
         grey = np.clip(wide >> 8, 0, 255).astype(np.uint8)
