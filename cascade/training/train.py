@@ -1,5 +1,6 @@
 """Training one stage, from a config to checkpoints. Read `train` from top to bottom."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -89,18 +90,16 @@ def train(config, workdir, *, progress: bool = True):
     bar = tqdm(
         total=settings.steps, initial=start, unit="step", disable=not progress, smoothing=0.05
     )
-    for step in range(start + 1, settings.steps + 1):
-        with observer.waiting_for_input():
-            batch = meshes.put_batch(next(batches), mesh)
-        state, metrics = step_fn(state, batch, key)
-        observer.after_step(step, state, metrics, bar)
-        bar.update()
-        if due(step, settings.checkpoint_every) or step == settings.steps:
-            observer.check_finite(step, metrics)
-            checkpoints.save(step, state, batches, configs.to_json(config))
-    bar.close()
-    observer.close()
-    checkpoints.close()
+    with bar, contextlib.closing(observer), contextlib.closing(checkpoints):
+        for step in range(start + 1, settings.steps + 1):
+            with observer.waiting_for_input():
+                batch = meshes.put_batch(next(batches), mesh)
+            state, metrics = step_fn(state, batch, key)
+            observer.after_step(step, state, metrics, bar)
+            bar.update()
+            if due(step, settings.checkpoint_every) or step == settings.steps:
+                observer.check_finite(step, metrics)
+                checkpoints.save(step, state, batches, configs.to_json(config))
     return state
 
 
