@@ -28,7 +28,6 @@ from cascade.data.preprocess import (
 )
 from cascade.data.sources import SOURCES, captions_of, read_record
 from cascade.errors import UserError
-from cascade.images import to_float
 from cascade.registry import build
 
 log = logging.getLogger(__name__)
@@ -199,7 +198,8 @@ class Collate(NamedTuple):
         for name in ("image", "lowres"):
             if name in elements[0]:
                 pixels = np.stack([element[name] for element in elements])
-                batch[name] = to_float(pixels)
+                # As `images.to_float`, but means of pixels, in lowres, keep their fractions.
+                batch[name] = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
         if "valid" in elements[0]:
             batch["valid"] = np.array([element["valid"] for element in elements])
         return batch
