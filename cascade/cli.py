@@ -44,7 +44,25 @@ def one_sentence(command):
     return run
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class OneSentence(click.Group):
+    """Says click's own complaints as ours: one line, exit code 2."""
+
+    def main(self, *args, standalone_mode: bool = True, **kwargs):
+        """Runs a command; see `click.Group.main`."""
+        try:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        except click.ClickException as error:
+            click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+            sys.exit(2)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("error: Interrupted; what was finished is kept.", err=True)
+            sys.exit(130)
+
+
+@click.group(
+    cls=OneSentence,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="cascade-imagen")
 def main():
     """Text-to-image cascades in JAX: build data, train, bundle, draw.
@@ -117,6 +135,9 @@ CONFIG_COMMAND = {"ignore_unknown_options": True, "allow_extra_args": True}
 def train(ctx, spec, workdir):
     """Train one stage. Any setting can be changed: --config.train.steps=1000.
 
+    A run that is resumed may change its length, learning rate, intervals and mesh, but not what
+    would make it another run: seed, stage, text, data, batch and optimiser.
+
     Example: cascade train --config configs/emoji/base64.py --workdir runs/base
     """
     from cascade import config
@@ -130,7 +151,7 @@ def train(ctx, spec, workdir):
 @click.pass_context
 @one_sentence
 def describe(ctx, spec):
-    """Print a stage's parameters and FLOPs, level by level.
+    """Print a stage's parameters and FLOPs, level by level. Takes overrides as train does.
 
     Example: cascade describe --config configs/emoji/base64.py
     """
@@ -143,8 +164,8 @@ def describe(ctx, spec):
 
 @main.command()
 @click.option("--stages", required=True, multiple=True, help="A run's folder; base first.")
-@click.argument("more", nargs=-1)
-@click.option("--out", required=True, help="Folder of the bundle; must not exist yet.")
+@click.argument("more", nargs=-1, metavar="[RUN]...")
+@click.option("--out", required=True, help="Folder of the bundle.")
 @click.option(
     "--dtype",
     default="float32",

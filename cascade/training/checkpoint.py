@@ -7,6 +7,7 @@ folder; the checksum and `restore` here add both.
 
 import logging
 import pathlib
+import sys
 
 import grain.checkpoint
 import jax
@@ -39,6 +40,21 @@ def checksum(tree) -> int:
     return int(total % 2**32)
 
 
+def ignore_late_callbacks():
+    """Keeps quiet what TensorStore prints once a save has failed.
+
+    Its other writes still call into Orbax's event loop, closed by then, and each of thousands
+    prints a traceback; the failure itself reaches `Checkpoints.save` or `wait`.
+    """
+    shown = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
+    sys.unraisablehook = hook
+
+
 class Checkpoints:
     """The checkpoints of one working folder."""
 
@@ -62,6 +78,8 @@ class Checkpoints:
             raise UserError(
                 f"Can't make {self.folder} ({error.strerror}); give another --workdir."
             ) from error
+        if not read_only:
+            ignore_late_callbacks()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep_last,
             keep_period=keep_every or None,
@@ -107,11 +125,16 @@ class Checkpoints:
         self.wait()
         self.manager.close()
 
+    def latest(self) -> int | None:
+        """The newest step that is on disk once the one in flight is, or None."""
+        self.wait()
+        return max(self.manager.all_steps(read=True), default=None)
+
     def restore(self, abstract_state, iterator=None, check=lambda config, step: None):
         """The newest checkpoint that is whole, or None where there is none.
 
-        A damaged one is said to be so and, unless this is read-only, set aside as
-        `checkpoints.broken/STEP`.
+        Damaged ones newer than it are said to be so and, unless this is read-only, set aside as
+        `checkpoints.broken/STEP`. Where none is whole, nothing is moved.
 
         Args:
           abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings: where each array goes.
@@ -125,24 +148,33 @@ class Checkpoints:
         Raises:
           UserError: `check`'s, or there are checkpoints but none is whole.
         """
-        steps = sorted(self.manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged = []
+        for step in sorted(self.manager.all_steps(), reverse=True):
             try:
                 meta = self._meta(step)
                 check(meta["config"], step)
-                return step, self._state(step, meta, abstract_state, iterator), meta["config"]
+                state = self._state(step, meta, abstract_state, iterator)
             except (UserError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # not the checkpoint's fault
             except Exception as error:  # Orbax raises that very class where data is missing
-                reason = first_line(error)
-                logging.warning("Checkpoint %d is damaged (%s); passed over.", step, reason)
-                if not self.read_only:
-                    self._set_aside(step)
-                if step == steps[-1]:
+                damaged.append((step, error))
+                if step == min(self.manager.all_steps()):
                     raise UserError(
-                        f"None of the {len(steps)} checkpoints in {self.folder} can be read "
-                        f"({reason}); move the folder away to start anew."
+                        f"None of the {len(damaged)} checkpoints in {self.folder} can be read "
+                        f"({first_line(error)}); restore one, or move that folder away to start "
+                        "anew."
                     ) from error
+                continue
+            for broken, error in damaged:
+                logging.warning(
+                    "Checkpoint %d is damaged (%s); went back to %d.",
+                    broken,
+                    first_line(error),
+                    step,
+                )
+                if not self.read_only:
+                    self._set_aside(broken)
+            return step, state, meta["config"]
         return None
 
     def _meta(self, step: int) -> dict:

@@ -32,10 +32,13 @@ def read_run(workdir) -> tuple[ConfigDict, bundle.TrainedStage]:
             f"{workdir} isn't a run's folder, which has a config.json and checkpoints; train first."
         )
     try:
-        config = configs.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise ValueError("not an object")
+        config = configs.from_json(saved)
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} is damaged ({error}); run the training command again to write it anew."
+            f"{path} is damaged ({error}); copy the config from a checkpoint's meta folder."
         ) from error
     configs.check(config)
     stage = Stage(config.stage)

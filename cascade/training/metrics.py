@@ -1,11 +1,14 @@
 """Where a run's numbers and pictures go: TensorBoard, and a JSONL file beside it."""
 
 import json
+import logging
 import pathlib
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
+
+from cascade.errors import UserError
 
 # Dense bf16 (GPU: tensor-core) peak FLOP/s of one device, from the vendors' datasheets.
 PEAK_FLOPS = {
@@ -27,6 +30,16 @@ def peak_flops() -> float | None:
     return peak and peak * jax.device_count()
 
 
+def write_whole(path: pathlib.Path, text: str):
+    """Writes a text file under a temporary name and renames it: all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class Metrics:
     """Writes scalars and pictures of one run; on processes other than 0 it writes nothing."""
 
@@ -41,19 +54,32 @@ class Metrics:
             return
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
         kept = [row for row in read(self.path) if row["step"] <= start_step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(self.path)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=start_step + 1)
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        try:
+            write_whole(self.path, text)
+            self.file = self.path.open("a", encoding="utf-8")
+            self.board = SummaryWriter(
+                str(self.path.parent / "tensorboard"), purge_step=start_step + 1
+            )
+        except OSError as error:
+            raise UserError(
+                f"Can't write metrics in {workdir} ({error}); free the place or give another "
+                "--workdir."
+            ) from error
 
     def scalars(self, step: int, values: dict[str, float]):
         """Writes one row; values that aren't finite numbers are left out of it."""
         if not self.writes:
             return
         finite = {k: float(v) for k, v in values.items() if np.isfinite(v)}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"Can't write to {self.path} ({error.strerror}); free some space and run the same "
+                "command to go on from the last checkpoint."
+            ) from error
         for name, value in finite.items():
             self.board.add_scalar(name, value, step)
 
@@ -70,12 +96,22 @@ class Metrics:
 
 
 def read(path) -> list[dict]:
-    """The rows of a `metrics.jsonl`; a last line cut short by a kill is passed over."""
+    """The rows of a `metrics.jsonl`. Lines that aren't rows are passed over, with a warning.
+
+    A last line may be cut short by a kill; that is passed over in silence.
+    """
     path = pathlib.Path(path)
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().splitlines()
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("no object with a step")
+            rows.append(row)
+        except ValueError as error:
+            if number < len(lines):
+                logging.warning("%s, line %d, is passed over (%s).", path, number, error)
     return rows

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import pathlib
 
 import jax
@@ -21,6 +22,7 @@ from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
 from cascade.text.encoders import ENCODERS
 from cascade.training.checkpoint import Checkpoints
+from cascade.training.metrics import write_whole
 from cascade.training.observe import Observer, due
 from cascade.training.optim import make_optimizer
 from cascade.training.state import init_state, make_train_step, with_shardings
@@ -78,6 +80,10 @@ def train(config, workdir, *, progress: bool = True):
         start, state = 0, jax.jit(create, out_shardings=placed)(jax.random.key(config.seed))
     else:
         start, state, _ = restored
+    if start >= settings.steps:
+        logging.info("%s is already trained for %d steps.", workdir, start)
+        checkpoints.close()
+        return state
     write_config(config, workdir)
 
     step_fn = jax.jit(
@@ -91,15 +97,21 @@ def train(config, workdir, *, progress: bool = True):
         total=settings.steps, initial=start, unit="step", disable=not progress, smoothing=0.05
     )
     with bar, contextlib.closing(observer), contextlib.closing(checkpoints):
-        for step in range(start + 1, settings.steps + 1):
-            with observer.waiting_for_input():
-                batch = meshes.put_batch(next(batches), mesh)
-            state, metrics = step_fn(state, batch, key)
-            observer.after_step(step, state, metrics, bar)
-            bar.update()
-            if due(step, settings.checkpoint_every) or step == settings.steps:
-                observer.check_finite(step, metrics)
-                checkpoints.save(step, state, batches, configs.to_json(config))
+        try:
+            for step in range(start + 1, settings.steps + 1):
+                with observer.waiting_for_input():
+                    batch = meshes.put_batch(next(batches), mesh)
+                state, metrics = step_fn(state, batch, key)
+                observer.after_step(step, state, metrics, bar)
+                bar.update()
+                if due(step, settings.checkpoint_every) or step == settings.steps:
+                    observer.check_finite(step, metrics)
+                    checkpoints.save(step, state, batches, configs.to_json(config))
+        except KeyboardInterrupt:
+            saved = checkpoints.latest() or 0
+            raise UserError(
+                f"Interrupted at step {step}; the same command goes on from step {saved}."
+            ) from None
     return state
 
 
@@ -136,9 +148,12 @@ def write_config(config, workdir):
     """Leaves the run's settings as `workdir/config.json`, for people and for `cascade bundle`."""
     if jax.process_index() == 0:
         path = pathlib.Path(workdir) / "config.json"
-        temporary = path.with_name("config.json.tmp")
-        temporary.write_text(json.dumps(configs.to_json(config), indent=2), encoding="utf-8")
-        temporary.replace(path)
+        try:
+            write_whole(path, json.dumps(configs.to_json(config), indent=2))
+        except OSError as error:
+            raise UserError(
+                f"Can't write {path} ({error.strerror}); give another --workdir."
+            ) from error
 
 
 def check_same_run(config, saved: dict, step: int):
