@@ -8,6 +8,8 @@ checked against that part's signature.
 import json
 import pathlib
 import re
+import runpy
+import traceback
 from collections.abc import Mapping, Sequence
 
 from absl import flags
@@ -39,27 +41,49 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     config = _read(spec)
     for override in overrides:
         _check_override(config, override)
-    if overrides:
-        config = _read(spec, overrides)
+    _apply(config, overrides)
     check(config)
     return config
 
 
-def _read(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Runs a config file; ml_collections' flags apply the overrides, each as its key's type."""
+def _read(spec: str) -> ConfigDict:
+    """Runs a config file."""
     path, _, arg = spec.partition(":")
-    flag_values = flags.FlagValues()
-    argv = ["cascade", f"--config={find(path)}:{arg}", *overrides]
-    config_flags.DEFINE_config_file("config", flag_values=flag_values, sys_argv=argv)
+    file = str(find(path))
     try:
-        flag_values(argv)
-        config = flag_values.config
-    except Exception as error:  # the file is the user's program: it may raise anything
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise UserError(f"Config {spec}: {reason}.") from error
+        names = runpy.run_path(file)
+        config = names["get_config"](arg) if "get_config" in names else None
+    except (Exception, SystemExit) as error:  # the file is the user's program
+        raise UserError(f"Config {spec}: {_reason(error, file)}.") from error
+    if "get_config" not in names:
+        raise UserError(f'Config {spec} has no get_config; define get_config(arg="") in it.')
     if not isinstance(config, ConfigDict):
         raise UserError(f"Config {spec}: get_config must return an ml_collections.ConfigDict.")
     return config
+
+
+def _reason(error: BaseException, file: str) -> str:
+    """What an error in a config file says, and where in that file; a ValueError's text is enough.
+
+    Other errors' texts may be as short as a missing key, or empty, so they come with their type.
+    """
+    said = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, ValueError) and said:
+        return said
+    lines = [at for at in traceback.extract_tb(error.__traceback__) if at.filename == file]
+    place = f" (line {lines[-1].lineno}: {lines[-1].line})" if lines else ""
+    return type(error).__name__ + (f": {said}" if said else "") + place
+
+
+def _apply(config: ConfigDict, overrides: Sequence[str]):
+    """Lets ml_collections' flags apply the overrides, each as its key's type; locks the config."""
+    flag_values, argv = flags.FlagValues(), ["cascade", *overrides]
+    config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=argv)
+    try:
+        flag_values(argv)
+    except Exception as error:  # absl's, and whatever parses a value
+        said = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"Can't apply an override: {said}.") from error
 
 
 def _check_override(config: ConfigDict, override: str):
@@ -76,7 +100,7 @@ def _check_override(config: ConfigDict, override: str):
         where, section = f"{where}.{key}", section[key]
         for index in indices:
             if not (isinstance(section, tuple) and index.isdigit() and int(index) < len(section)):
-                raise UserError(f"{where} has no item [{index}]; mend the index.")
+                raise UserError(f"{where} has no item [{index}]; correct the index.")
             section = section[int(index)]
 
 
@@ -89,7 +113,7 @@ def find(path: str) -> pathlib.Path:
         if candidate.is_file():
             return candidate
     raise UserError(
-        f"No config file {path}; give a Python file with get_config, such as "
+        f"No config file {path!r}; give a Python file with get_config, such as "
         "configs/emoji/base64.py."
     )
 
@@ -236,7 +260,7 @@ def _check_ranges(where: str, section: Mapping, ranges: Mapping):
         if isinstance(allowed, Mapping):
             _check_ranges(f"{where}.{key}", section[key], allowed)
         elif not allowed.contains(section[key]):
-            raise UserError(f"{where}.{key} is {section[key]}; it must be {allowed.words}.")
+            raise UserError(f"{where}.{key} is {section[key]!r}; it must be {allowed.words}.")
 
 
 def _check_rule(rule):

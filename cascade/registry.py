@@ -44,7 +44,9 @@ def check(kind: str, registry: Mapping[str, Callable], section: Mapping[str, Any
     name = section["name"]
     if not isinstance(name, str) or name not in registry:
         hint = meant(name, registry)
-        raise UserError(f"Unknown {kind} name {_shown(name)}{hint}; {_listed(registry)}.")
+        raise UserError(
+            f"Unknown {kind} name {_shown(name)}{hint}; choose from {_listed(registry)}."
+        )
     factory = registry[name]
     parameters = {
         k: p for k, p in inspect.signature(factory).parameters.items() if k not in supplied
@@ -94,7 +96,7 @@ def _shown(value: Any) -> str:
 
 
 def _listed(names) -> str:
-    return "choose from " + ", ".join(sorted(names)) if names else "no keys"
+    return ", ".join(sorted(names)) or "no keys"
 
 
 def meant(name: Any, names) -> str:

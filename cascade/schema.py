@@ -1,8 +1,8 @@
-"""What a config holds: the type of each key, and the numbers that it may be."""
+"""What a config holds: the type of each key, and the values that it may have."""
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cascade.data.sources import SOURCES
 from cascade.diffusion.guidance import THRESHOLDS
@@ -86,15 +86,16 @@ SCHEMA = {
 
 
 class Range(NamedTuple):
-    """The numbers that a key may hold; NaN and infinity are in no range."""
+    """The values that a key may hold; NaN and infinity are in no range."""
 
-    contains: Callable[[float], bool]
+    contains: Callable[[Any], bool]
     words: str  # completes "it must be ..."
 
 
 def at_least(low: float) -> Range:
-    """low ≤ x < ∞."""
-    return Range(lambda x: low <= x < math.inf, f"at least {low} and finite")
+    """low ≤ x < ∞; a bound that is a float says that x is one, which could be infinite."""
+    finite = " and finite" if isinstance(low, float) else ""
+    return Range(lambda x: low <= x < math.inf, f"at least {low:g}{finite}")
 
 
 def between(low: float, high: float) -> Range:
@@ -102,12 +103,13 @@ def between(low: float, high: float) -> Range:
     return Range(lambda x: low <= x <= high, f"from {low} to {high}")
 
 
+PER_LEVEL = Range(lambda x: x and min(x) >= 1, "one number a level, each at least 1")
 FINITE = Range(math.isfinite, "a finite number")
 FRACTION = Range(lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 # Laid out as the schemas are. A key of a registered part is checked where the part has it.
 SAMPLING_RANGES = {
-    "steps": at_least(1),
+    "steps": between(1, 100_000),
     "guidance": FINITE,
     "rescale": between(0, 1),
     "aug_level": between(0, 1),
@@ -115,21 +117,32 @@ SAMPLING_RANGES = {
 
 STAGE_RANGES = {
     "resolution": at_least(1),
-    "channels": at_least(1),
+    "channels": Range(lambda x: x == 3, "3, since the data's pictures are RGB"),
     "lowres_resolution": at_least(0),
     "crop_resolution": at_least(0),
     "text_width": at_least(1),
     "text_length": at_least(1),
-    "network": {"dropout": FRACTION},
+    "network": {
+        "channels": at_least(1),
+        "channel_mults": PER_LEVEL,
+        "num_blocks": PER_LEVEL,
+        "skip_scale": FINITE,
+        "head_channels": at_least(1),
+        "text_channels": at_least(0),
+        "pool_heads": at_least(0),
+        "norm_groups": at_least(1),
+        "dropout": FRACTION,
+    },
     "text_drop": between(0, 1),
     "sampling": SAMPLING_RANGES,
 }
 
 RANGES = {
-    "seed": at_least(0),
+    "seed": between(0, 2**32 - 1),
     "stage": STAGE_RANGES,
+    "text_cache": Range(str.strip, "the path of a folder"),
     "data": {
-        "filter": {"min_side": at_least(0), "max_aspect": at_least(1)},
+        "filter": {"min_side": at_least(0), "max_aspect": at_least(1.0)},
         "workers": at_least(0),
         "max_broken_rate": between(0, 1),
     },
@@ -140,16 +153,16 @@ RANGES = {
         "optimizer": {
             "b1": FRACTION,
             "b2": FRACTION,
-            "eps": at_least(0),
-            "weight_decay": at_least(0),
+            "eps": at_least(0.0),
+            "weight_decay": at_least(0.0),
         },
         "learning_rate": {
-            "peak": at_least(0),
+            "peak": at_least(0.0),
             "warmup_steps": at_least(0),
             "decay_steps": at_least(1),
-            "end": at_least(0),
+            "end": at_least(0.0),
         },
-        "clip_norm": at_least(0),  # 0: none
+        "clip_norm": at_least(0.0),  # 0: none
         "ema_decay": FRACTION,
         "log_every": at_least(1),
         "eval_every": at_least(0),  # 0, here and in the next three: never

@@ -50,7 +50,7 @@ def test_any_other_name_is_refused_in_one_line(name):
         ({"width": 3.0}, "'width' .* is 3.0 .*give int"),
         ({"width": True}, "'width' .* is True .*give int"),
         ({"ink": "wet"}, "'ink' .* is 'wet' .*give float"),
-        ({"tipp": "round"}, "'tipp' .*did you mean 'tip'"),
+        ({"tipp": "round"}, "'tipp' .*did you mean 'tip'.*; it takes ink, tip, width"),
     ],
 )
 def test_a_wrong_or_foreign_value_is_named(changes, said):

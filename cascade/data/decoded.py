@@ -42,6 +42,10 @@ class Decoded:
             raise Filtered(record["filtered"])
         return {**record, "image": self._pictures[i]}
 
+    def key(self, i: int) -> str:
+        """The key of record i, broken or not."""
+        return self._records[i]["key"]
+
     def captions(self, i: int) -> list[str]:
         """The captions of record i; none if it is broken."""
         return self._records[i].get("captions", [])
@@ -79,7 +83,7 @@ def _write(source, preprocess: Preprocess, parent: Path, mark: str):
         )
         records = []
         for i in tqdm(range(len(source)), f"decode at {side}", unit="picture", disable=None):
-            record = {"key": str(i)}
+            record = {"key": source.key(i)}
             try:
                 read = read_record(source, i)
                 record = {"key": read["key"], "captions": read["captions"]}

@@ -21,33 +21,34 @@ class Folder:
     Captions come from `metadata.jsonl` (one object a line: {"file_name": "a/x.png", "caption": "a
     cat"}, or "captions" with a list) or `metadata.csv` (columns file_name and caption; a picture
     with several captions has several rows) if there is one, else from `x.txt` beside `x.png`, one
-    caption a line. Each picture needs a caption and each caption a picture.
+    caption a line, which `x.jpg` shares. Each picture needs a caption and each caption a picture.
 
     Raises:
       UserError: no folder, no pictures, pictures without captions, captions without pictures, or a
-        metadata line that can't be understood.
+        metadata line that can't be understood; or a file that can't be read.
     """
 
     def __init__(self, path: str):
         self.folder = Path(path).expanduser()
         self._path = path
         if not self.folder.is_dir():
-            raise UserError(f"There is no folder {path!r}; mend `path`.")
-        files = sorted(f for f in self.folder.rglob("*") if not _hidden(f, self.folder))
+            raise UserError(f"There is no folder {path!r}; correct `path`.")
+        files = _files(self.folder)
         pictures = [f for f in files if f.suffix.lower() in SUFFIXES]
         if not pictures:
             raise UserError(
                 f"The folder {path!r} holds no picture; put {', '.join(SUFFIXES)} files in it."
             )
-        metadata = [self.folder / name for name in METADATA if (self.folder / name).is_file()]
+        metadata = [self.folder / name for name in METADATA if (self.folder / name).exists()]
         if len(metadata) > 1:
             raise UserError(f"{path!r} holds {' and '.join(METADATA)}; keep one of them.")
         texts = [f for f in files if f.suffix.lower() == ".txt"]
         captions = read_metadata(metadata[0]) if metadata else _texts_beside(texts, self.folder)
         names = [f.relative_to(self.folder).as_posix() for f in pictures]
         if not metadata:  # x.txt tells of x.png, whatever the picture's suffix
-            names_of = {_stem(name): name for name in names}
-            captions = {names_of.get(stem, stem): told for stem, told in captions.items()}
+            shared = {name: captions.get(_stem(name), []) for name in names}
+            stems = {_stem(name) for name in names}
+            captions = {stem: told for stem, told in captions.items() if stem not in stems} | shared
         _check_match(path, names, captions, "a metadata row" if metadata else "a .txt file")
         self._names, self._captions = names, captions
         self.fingerprint = fingerprint([*pictures, *(metadata or texts)], (path,))
@@ -62,6 +63,10 @@ class Folder:
         name = self._names[i]
         image = (self.folder / name).read_bytes()
         return {"image": image, "captions": self._captions[name], "key": name}
+
+    def key(self, i: int) -> str:
+        """The file name of record i."""
+        return self._names[i]
 
     def captions(self, i: int) -> list[str]:
         """The captions of record i."""
@@ -124,7 +129,7 @@ def _one_of(row: dict, keys: tuple[str, ...], path: Path, line: int):
 
 
 def _bad(path: Path, line: int, what: str) -> UserError:
-    return UserError(f"{path.name}, line {line}: {what}; mend that line.")
+    return UserError(f"{path.name}, line {line}: {what}; correct that line.")
 
 
 def _texts_beside(texts: list[Path], folder: Path) -> dict[str, list[str]]:
@@ -156,12 +161,20 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"Cannot read {path}: {error}; it should be a readable UTF-8 text."
+            f"Cannot read {path}: {error}; make it a readable UTF-8 text file."
         ) from error
 
 
 def _stem(name: str) -> str:
     return PurePosixPath(name).with_suffix("").as_posix()
+
+
+def _files(folder: Path) -> list[Path]:
+    """What lies in a folder, however deep, and isn't hidden; no folders, but links to nothing."""
+    try:
+        return sorted(f for f in folder.rglob("*") if not _hidden(f, folder) and not f.is_dir())
+    except OSError as error:
+        raise UserError(f"Cannot list {str(folder)!r}: {error}; start again.") from error
 
 
 def _hidden(path: Path, folder: Path) -> bool:

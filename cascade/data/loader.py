@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 ENDLESS = 2**62
 READY_BATCHES = 2
-# A rate of broken records means nothing before this many were seen.
+# A rate of broken records means nothing before this many, or all, were seen.
 RATE_WINDOW = 100
 
 
@@ -42,6 +42,7 @@ class Skipped(NamedTuple):
     """Takes the place of a record that can't be used, so that someone can count it."""
 
     record: int
+    key: str
     reason: str
     broken: bool
 
@@ -92,13 +93,14 @@ class Prepare(NamedTuple):
         index = self.order(position)
         if index is None:
             return PADDING
+        key = self.source.key(index)
         try:
             record = read_record(self.source, index)
-            picture = record["image"]
+            key, picture = record["key"], record["image"]
             if self.preprocess is not None:
                 picture = self.preprocess(picture, rng if self.random_crop else None)
         except (BrokenPicture, Filtered) as reason:
-            return Skipped(index, str(reason), isinstance(reason, BrokenPicture))
+            return Skipped(index, key, str(reason), isinstance(reason, BrokenPicture))
         choice = int(rng.integers(len(record["captions"]))) if self.train else 0
         offset = self.pair.offset(rng if self.train else None)
         return {"caption": record["captions"][choice], **self.pair(picture, offset)}
@@ -109,20 +111,21 @@ class Prepare(NamedTuple):
         black = self.pair(np.zeros((side, side, 3), np.uint8), self.pair.offset(None))
         caption = next(captions_of(self.source), None)
         if caption is None:
-            raise UserError("No record of the evaluation source can be read; mend the data.")
+            raise UserError("No record of the evaluation source can be read; check its files.")
         return {"caption": caption, **black}
 
 
 class Judge:
     """Lets prepared pictures pass; counts, logs and drops skipped ones.
 
-    A broken record is named when it is first met. The counts are told at the end of the first pass,
-    and whenever the number of skipped records reaches a power of two.
+    A record counts once, however often it comes by; a broken one is then named. The counts are told
+    at the end of the first pass, and whenever the number of skipped records reaches a power of two.
     """
 
     def __init__(self, records: int, max_broken_rate: float):
         self._records, self._max_rate = records, max_broken_rate
-        self.seen = self.broken = self.filtered = 0
+        self._came = self._passed = 0
+        self._broken, self._filtered = set(), set()  # record numbers
 
     def __call__(self, element) -> bool:
         """True for a picture.
@@ -130,40 +133,51 @@ class Judge:
         Raises:
           UserError: too many are broken, or a whole pass left no picture.
         """
-        self.seen += 1
+        self._came += 1
         usable = not isinstance(element, Skipped)
-        if not usable:
-            self._count(element)
-        skipped = self.broken + self.filtered
-        grown = not usable and skipped.bit_count() == 1
-        if skipped and (grown or self.seen == self._records):
+        self._passed += usable
+        grown = not usable and self._count(element)
+        skipped = len(self._broken) + len(self._filtered)
+        if skipped and (grown or self._came == self._records):
             log.warning(
                 "Skipped %d of %d records so far: %d broken, %d left out by the filter.",
                 skipped,
-                self.seen,
-                self.broken,
-                self.filtered,
+                self._seen,
+                len(self._broken),
+                len(self._filtered),
             )
         return usable
 
-    def _count(self, element: Skipped):
-        """Counts and names a record that can't be used, and raises what `__call__` raises."""
-        self.broken += element.broken
-        self.filtered += not element.broken
-        if element.broken:
-            if self.seen <= self._records:
-                log.warning("Skipped broken record %s: %s", element.record, element.reason)
-            if self.broken > self._max_rate * max(self.seen, RATE_WINDOW):
+    @property
+    def _seen(self) -> int:
+        """How many records came by, repeats left out."""
+        return min(self._came, self._records)
+
+    def _count(self, element: Skipped) -> bool:
+        """Counts and names a record that can't be used, and raises what `__call__` raises.
+
+        Returns:
+          Whether it is new and makes their number a power of two.
+        """
+        kind = self._broken if element.broken else self._filtered
+        new = element.record not in kind
+        kind.add(element.record)
+        last = f"(the last: {element.key!r}, {element.reason})"
+        if new and element.broken:
+            log.warning("Skipped broken record %r: %s", element.key, element.reason)
+            least = min(RATE_WINDOW, self._records)
+            if len(self._broken) > self._max_rate * max(self._seen, least):
                 raise UserError(
-                    f"{self.broken} of the first {self.seen} records are broken, more than "
-                    f"max_broken_rate {self._max_rate} allows (the last: number {element.record}, "
-                    f"{element.reason}); mend the data or raise the rate."
+                    f"{len(self._broken)} of the first {self._seen} records are broken, more than "
+                    f"max_broken_rate {self._max_rate} of {max(self._seen, least)} {last}; repair "
+                    "or remove them, or raise the rate."
                 )
-        if self.broken + self.filtered == self.seen >= self._records:
+        if not self._passed and self._came >= self._records:
             raise UserError(
-                f"None of {self.seen} records is usable (the last: number {element.record}, "
-                f"{element.reason}); mend the data or loosen the filter."
+                f"None of {self._records} records is usable {last}; repair the broken ones or "
+                "loosen the filter."
             )
+        return new and (len(self._broken) + len(self._filtered)).bit_count() == 1
 
 
 class Fill:

@@ -2,8 +2,9 @@
 
 A source has `__len__`, and `source[i]` is a record {"image": encoded file as bytes or uint8
 [H, W, 3], "captions": texts with the plainest first, "key": str}. `source.captions(i)` reads
-captions alone, without decoding a picture. `source.folder` is where it lies (None: nowhere) and
-`source.fingerprint` changes when its content does. Sources are picklable: workers open their own.
+captions alone, without decoding a picture, and `source.key(i)` reads nothing. `source.folder` is
+where it lies (None: nowhere) and `source.fingerprint` changes when its content does. Sources are
+picklable: workers open their own.
 """
 
 import glob
@@ -56,7 +57,7 @@ class Tfds:
         except (library.core.DatasetNotFoundError, OSError) as error:
             raise UserError(
                 f"There is no data set {dataset!r} in {data_dir!r}; prepare it, as with "
-                f"`cascade data build emoji --out {data_dir}`, or mend `dataset` and `data_dir`."
+                f"`cascade data build emoji --out {data_dir}`, or correct `dataset` and `data_dir`."
             ) from error
         try:
             template.format("")
@@ -105,6 +106,10 @@ class Tfds:
             "captions": self._texts(record),
             "key": key.decode() if isinstance(key, bytes) and key else str(i),
         }
+
+    def key(self, i: int) -> str:
+        """What messages call record i while it isn't read: its number."""
+        return str(i)
 
     def captions(self, i: int) -> list[str]:
         """The captions of record i."""
@@ -161,7 +166,7 @@ class ArrayRecord:
 
         paths = sorted(glob.glob(os.path.expanduser(files)))
         if not paths:
-            raise UserError(f"No file matches {files!r}; mend the pattern `files`.")
+            raise UserError(f"No file matches {files!r}; correct the pattern `files`.")
         try:
             self._records = ArrayRecordDataSource(paths)
             self._count = len(self._records)
@@ -189,6 +194,10 @@ class ArrayRecord:
         image = features[self._arguments[1]].bytes_list.value[0]
         key = features["key"].bytes_list.value[0].decode() if "key" in features else str(i)
         return {"image": image, "captions": self._texts(features), "key": key}
+
+    def key(self, i: int) -> str:
+        """What messages call record i while it isn't read: its number."""
+        return str(i)
 
     def captions(self, i: int) -> list[str]:
         """The captions of record i."""
@@ -245,6 +254,10 @@ class Synthetic:
         noise = np.random.default_rng([seed, i]).bytes(side * side * 3)
         image = np.frombuffer(noise, np.uint8).reshape(side, side, 3)
         return {"image": image, "captions": self.captions(i), "key": str(i)}
+
+    def key(self, i: int) -> str:
+        """What messages call record i while it isn't read: its number."""
+        return str(i)
 
     def captions(self, i: int) -> list[str]:
         """The captions of record i."""

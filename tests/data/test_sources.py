@@ -175,6 +175,27 @@ def test_folder_refusals(pictures, tmp_path_factory):
         folder(str(pictures))
 
 
+def test_pictures_of_one_stem_share_its_text(pictures):
+    (pictures / "a.gif").write_bytes(picture())
+    source = folder(str(pictures))
+    assert source.key(0) == "a.gif" and source.captions(0) == source.captions(1)
+
+
+def test_a_folder_named_like_a_picture_is_none(pictures):
+    (pictures / "dir.png").mkdir()
+    assert len(folder(str(pictures))) == 2
+
+
+def test_what_cannot_be_read_is_named(pictures):
+    (pictures / "gone.png").symlink_to(pictures / "nowhere.png")
+    (pictures / "gone.txt").write_text("nothing")
+    with pytest.raises(UserError, match=r"Cannot read '.*gone\.png' \(No such file"):
+        folder(str(pictures))
+    (pictures / "metadata.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"Cannot read .*metadata\.jsonl"):
+        folder(str(pictures))
+
+
 def test_array_records_written_and_read(pictures, tmp_path):
     original = folder(str(pictures))
     write_records(original, tmp_path / "out", shard_size=1)
