@@ -8,13 +8,17 @@ import numpy as np
 from cascade.diffusion.samplers import SAMPLERS
 from cascade.errors import UserError
 from cascade.stage import Stage
+from cascade.text.interface import checked_text
+
+MOST = {"steps": 100_000, "guidance": 10_000}  # magnitudes; far beyond what is of use
+MAX_SIDE = 16_384  # of the last stage's picture, pixels
 
 
-def checked_prompts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
+def checked_prompts(prompt: str | Sequence[str]) -> list[str]:
     """One text or several as a list.
 
     Raises:
-      UserError: no text, or something else.
+      UserError: no text, one with half a character, or something else.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if (
@@ -22,8 +26,8 @@ def checked_prompts(prompt: str | Sequence[str], name: str = "prompt") -> list[s
         or len(prompts) == 0
         or not all(isinstance(text, str) for text in prompts)
     ):
-        raise UserError(f"The {name} is {str(prompt)[:60]!r}; give a text, or a list of texts.")
-    return list(prompts)
+        raise UserError(f"The prompt is {str(prompt)[:60]!r}; give a text, or a list of texts.")
+    return [checked_text(text) for text in prompts]
 
 
 def whole(name: str, value, least: int, most: int | None = None) -> int:
@@ -40,19 +44,27 @@ def whole(name: str, value, least: int, most: int | None = None) -> int:
 
 
 def per_stage(name: str, value, stages: int) -> tuple:
-    """One value a stage, from one for all or from a sequence of as many as stages.
+    """One value a stage, from one for all or from a sequence or array of as many as stages.
 
     Raises:
-      UserError: a sequence of another length.
+      UserError: a sequence of another length, or a value beyond `MOST`.
     """
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, str):
-        return (value,) * stages
+        value = (value,) * stages
     if len(value) != stages:
         raise UserError(
-            f"{name} has {len(value)} values and the cascade {stages} stages; "
+            f"{name} has {len(value)} values and one stage draws; give one value."
+            if stages == 1
+            else f"{name} has {len(value)} values and the cascade {stages} stages; "
             "give one value, or one for each stage."
         )
-    return tuple(value)
+    values = tuple(item.item() if isinstance(item, np.generic) else item for item in value)
+    for item in values:
+        if name in MOST and isinstance(item, int | float) and abs(item) > MOST[name]:
+            raise UserError(f"{name} is beyond the limit; give at most {MOST[name]}.")
+    return values
 
 
 def sampler_section(sampler: str | Mapping) -> dict:
@@ -60,7 +72,7 @@ def sampler_section(sampler: str | Mapping) -> dict:
     if isinstance(sampler, Mapping):
         return dict(sampler)
     section = {"name": sampler}
-    if sampler in SAMPLERS:
+    if isinstance(sampler, str) and sampler in SAMPLERS:
         for key, parameter in inspect.signature(SAMPLERS[sampler]).parameters.items():
             if parameter.default is not parameter.empty:
                 section[key] = parameter.default
@@ -78,8 +90,13 @@ def stage_sizes(stages: Sequence[Stage], size: tuple[int, int] | None) -> list[t
         size = (base, base)
     if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
         raise UserError(f"size is {size!r}; give (height, width) of the base picture.")
-    for side in size:
-        whole("a side of size", side, 1)
+    size = [whole("a side of size", side, 1, MAX_SIDE) for side in size]
+    last = stages[-1].config.resolution
+    if max(size) * last > MAX_SIDE * base:
+        raise UserError(
+            f"A base picture of {size[1]}×{size[0]} becomes more than {MAX_SIDE} pixels wide or "
+            f"high; give a size with sides of at most {MAX_SIDE * base // last}."
+        )
     sizes = []
     for i, stage in enumerate(stages):
         scaled = [side * stage.config.resolution for side in size]

@@ -39,7 +39,7 @@ def draw(
     trained: Sequence[TrainedStage],
     request: Request,
     stages: Sequence[int],
-    settings: Sequence[FrozenConfigDict],
+    settings: Mapping[int, FrozenConfigDict] | Sequence[FrozenConfigDict],
     sizes: Mapping[int, tuple[int, int]] | Sequence[tuple[int, int]],
     lowres: np.ndarray | None = None,
     progress: bool = True,

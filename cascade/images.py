@@ -51,12 +51,33 @@ def check_writable(folder: str | os.PathLike) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0")
         probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+        places = (folder, *folder.parents)
+        file = next((p for p in places if os.path.exists(p) and not os.path.isdir(p)), None)
+        reason = getattr(error, "strerror", None) or error
+        if file is not None:
+            reason = f"{str(file)!r} is a file, not a folder"
         raise UserError(
-            f"Can't write to the output folder {str(folder)!r} ({error.strerror}); "
+            f"Can't write to the output folder {str(folder)!r} ({reason}); "
             "give a folder that you may write to, on a disk with free space."
         ) from error
     return folder
+
+
+def check_png(path: str | os.PathLike) -> Path:
+    """The path of a PNG file to write; touches nothing.
+
+    Raises:
+      UserError: its name doesn't end with .png, or a folder has that name.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{os.fspath(path)!r} is a folder; give the name of a PNG file.")
+    if Path(path).suffix.lower() != ".png":
+        raise UserError(
+            f"The output file is {os.fspath(path)!r}; PNG is written, so give a name that ends "
+            "with .png."
+        )
+    return Path(path)
 
 
 def save_png(path: str | os.PathLike, image, metadata: Mapping[str, str] | None = None) -> Path:
@@ -106,13 +127,14 @@ def read_image(path: str | os.PathLike, ground: str = "#ffffff") -> np.ndarray:
     """
     try:
         return decode(Path(path).read_bytes(), colour(ground))
-    except OSError as error:
-        raise UserError(
-            f"Can't read the picture {str(path)!r} ({error.strerror}); give a file that exists."
-        ) from error
     except BrokenPicture as error:
         raise UserError(
             f"{str(path)!r} isn't a picture that can be read ({error}); give a whole PNG or JPEG."
+        ) from error
+    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"Can't read the picture {str(path)!r} ({reason}); give a file that exists."
         ) from error
 
 

@@ -19,6 +19,7 @@ from cascade import batches, bundle
 from cascade.arguments import checked_prompts, per_stage, sampler_section, stage_sizes, whole
 from cascade.errors import UserError
 from cascade.images import as_lowres
+from cascade.text.interface import checked_text
 
 
 def load(folder: str | os.PathLike, text_encoder=None) -> "Cascade":
@@ -168,7 +169,7 @@ class Cascade:
           UserError: as `__call__`; for arguments at once, for diverged stages while iterating.
         """
         prompts = checked_prompts(prompt)
-        count = len(prompts) * whole("num_images", num_images, 1)
+        count = len(prompts) * whole("num_images", num_images, 1, 2**32 // len(prompts))
         sizes, settings = stage_sizes(self.stages, size), self.settings(**changes)
         request = self._request(prompts, count, seed, negative_prompt, first_index, batch_size)
         every = range(len(self.stages))
@@ -181,10 +182,10 @@ class Cascade:
         stage: int = 1,
         seed: int = 0,
         *,
-        steps: int | Sequence[int] | None = None,
-        guidance: float | Sequence[float] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
         negative_prompt: str = "",
-        aug_level: float | Sequence[float] | None = None,
+        aug_level: float | None = None,
         sampler: str | Mapping | None = None,
         first_index: int = 0,
         batch_size: int | None = None,
@@ -199,6 +200,7 @@ class Cascade:
           images: uint8 or float in [-1, 1], [H, W, 3] or [N, H, W, 3], or PIL pictures.
           prompt: what they show: one text for all, or one for each.
           stage: which stage enlarges; 1 is the first that can.
+          steps, guidance, aug_level: one value, of that stage.
           Others: as in `__call__`.
 
         Returns:
@@ -207,42 +209,82 @@ class Cascade:
         Raises:
           UserError: as `__call__`, or pictures that can't be read or differ in shape.
         """
+        drawn = self.upscale_batches(
+            images,
+            prompt,
+            stage,
+            seed,
+            negative_prompt=negative_prompt,
+            first_index=first_index,
+            batch_size=batch_size,
+            progress=progress,
+            steps=steps,
+            guidance=guidance,
+            aug_level=aug_level,
+            sampler=sampler,
+        )
+        return np.concatenate([pictures for (pictures,) in drawn])
+
+    def upscale_batches(
+        self,
+        images,
+        prompt: str | Sequence[str] = "",
+        stage: int = 1,
+        seed: int = 0,
+        *,
+        negative_prompt: str = "",
+        first_index: int = 0,
+        batch_size: int | None = None,
+        progress: bool = True,
+        **changes,
+    ) -> Iterator[list[np.ndarray]]:
+        """Enlarges pictures batch by batch; to `upscale` what `draw_batches` is to `__call__`.
+
+        Args:
+          **changes: steps, guidance, aug_level, sampler, as in `upscale`.
+          Others: as in `upscale`.
+
+        Returns:
+          An iterator over batches, each a list of one uint8 [B, H', W', 3].
+
+        Raises:
+          UserError: as `upscale`; for arguments at once, for a diverged stage while iterating.
+        """
         if not 1 <= whole("stage", stage, 0) < len(self.stages):
             raise UserError(
                 f"Stage {stage} can't enlarge: this cascade has {len(self.stages) - 1} "
                 f"super-resolution stages, numbered from 1; choose one of those."
             )
         prompts = checked_prompts(prompt)
-        settings = self.settings(steps, guidance, aug_level, sampler)
+        (settings,) = self.settings(**changes, stage=stage)
         config, divisor = self.stages[stage].config, self.stages[stage].network.divisor
         lowres, size = as_lowres(images, config.lowres_resolution, config.resolution, divisor)
         count = len(lowres)
         if len(prompts) not in (1, count):
             raise UserError(f"{count} pictures have {len(prompts)} prompts; give one, or one each.")
         request = self._request(prompts, count, seed, negative_prompt, first_index, batch_size)
-        drawn = batches.draw(
-            self._trained, request, [stage], settings, {stage: size}, lowres, progress
+        return batches.draw(
+            self._trained, request, [stage], {stage: settings}, {stage: size}, lowres, progress
         )
-        return np.concatenate([pictures for (pictures,) in drawn])
 
     def settings(
-        self, steps=None, guidance=None, aug_level=None, sampler=None
+        self, steps=None, guidance=None, aug_level=None, sampler=None, stage=None
     ) -> tuple[FrozenConfigDict, ...]:
-        """Each stage's sampling settings, the bundle's where an argument is None.
+        """Each stage's sampling settings, or those of `stage`; the bundle's for what is None.
 
         Raises:
           UserError: a wrong number of values, or one out of range.
         """
         changes = {"steps": steps, "guidance": guidance, "aug_level": aug_level}
-        stages = len(self.stages)
-        changes = {key: per_stage(key, value, stages) for key, value in changes.items()}
+        stages = self.stages if stage is None else self.stages[stage : stage + 1]
+        changes = {key: per_stage(key, value, len(stages)) for key, value in changes.items()}
         if sampler is not None:
-            changes["sampler"] = (sampler_section(sampler),) * stages
+            changes["sampler"] = (sampler_section(sampler),) * len(stages)
         return tuple(
             stage.settings(
                 **{key: values[i] for key, values in changes.items() if values[i] is not None}
             )
-            for i, stage in enumerate(self.stages)
+            for i, stage in enumerate(stages)
         )
 
     def _request(
@@ -259,9 +301,9 @@ class Cascade:
         text = self._encode(prompts)
         return batches.Request(text, null, count // len(prompts), count, rows, seed, first_index)
 
-    def _encode(self, texts: list[str]) -> dict[str, np.ndarray]:
+    def _encode(self, texts: list[str], what: str = "prompt") -> dict[str, np.ndarray]:
         """text_emb [P, L, D] and text_mask [P, L]; a text without words has the null condition."""
-        emb, mask = self.text_encoder.encode(texts)
+        emb, mask = self.text_encoder.encode(texts, what)
         null_emb, null_mask = self.text_encoder.null()
         blank = np.array([not text.strip() for text in texts]) | ~np.asarray(mask).any(axis=1)
         return {
@@ -271,7 +313,7 @@ class Cascade:
 
     def _led_away_from(self, negative_prompt: str) -> dict[str, np.ndarray]:
         """The condition that guidance leads away from, a batch of one."""
-        if checked_prompts(negative_prompt, "negative_prompt")[0].strip():
-            return self._encode([negative_prompt])
+        if checked_text(negative_prompt, "negative prompt").strip():
+            return self._encode([negative_prompt], "negative prompt")
         null_emb, null_mask = self.text_encoder.null()
         return {"text_emb": null_emb[None], "text_mask": null_mask[None]}

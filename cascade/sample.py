@@ -1,14 +1,16 @@
 """The jobs `cascade sample` and `cascade upscale`: from a bundle and words to PNG files."""
 
+import contextlib
+import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cascade.errors import UserError
-from cascade.images import check_writable, contact_sheet, read_image, save_png
+from cascade.images import check_png, check_writable, contact_sheet, read_image, save_png
 from cascade.pipeline import Cascade, load
 
 SHEET_MOST = 64  # pictures
@@ -32,10 +34,12 @@ def sample_to_folder(
     """Draws prompts with a bundle into PNG files and, for several, a contact sheet.
 
     A batch's files are written before the next batch is drawn. The sheet shows the first 64.
+    A name is the prompt's words, the seed, the index, and a digest of the bundle's path, the
+    prompt and all settings: a-red-apple-0-0-3f2a9c.png. The sheet's digest is over all prompts.
 
     Args:
       folder: the bundle.
-      out: a folder; files of the same prompt, seed and number in it are replaced.
+      out: a folder, made if it's missing; only files of the very same request are replaced.
       first_index: number of the first picture; a PNG's `index` and its prompt redraw it alone.
       size: "HEIGHTxWIDTH" of the base picture.
       **changes: steps, guidance, aug_level, sampler.
@@ -45,10 +49,9 @@ def sample_to_folder(
       The files, one a picture, then the sheet.
 
     Raises:
-      UserError: as `cascade.load` and `Cascade.__call__`; an `out` that can't be written is found
-        before anything is drawn.
+      UserError: as `cascade.load` and `Cascade.__call__`, and then `out` is left alone; an `out`
+        that can't be written is found before anything is drawn.
     """
-    out = check_writable(out)
     base_size = _parsed_size(size)
     pipe = load(folder)
     batches = pipe.draw_batches(
@@ -65,19 +68,32 @@ def sample_to_folder(
     settings = _settings(
         pipe, changes, negative_prompt=negative_prompt, size=base_size, batch_size=batch_size
     )
+    request = [os.path.abspath(folder), settings]
+    stems = [_stem(prompt, seed) for prompt in prompts]
+    digests = [_digest(prompt, *request) for prompt in prompts]
+    sheet_digest = _digest(prompts, int(num_images), *request)
+    sheet_name = f"sheet-{seed}-from-{first_index}-{sheet_digest}.png"
+
+    def name(i: int) -> str:
+        which = i // num_images
+        return f"{stems[which]}-{first_index + i}-{digests[which]}.png"
+
+    out = check_writable(out)
+    count = len(prompts) * num_images
+    _check_free(out, itertools.chain(map(name, range(count)), [sheet_name]))
     paths, shown = [], []
-    for image in itertools.chain.from_iterable(stages[-1] for stages in batches):
-        prompt, index = prompts[len(paths) // num_images], first_index + len(paths)
-        words = re.sub(r"\W+", "-", prompt)[:40].strip("-_").lower() or "unconditional"
-        path = out / f"{words}-{seed}-{index}.png"
-        paths.append(save_png(path, image, _metadata(prompt, seed, index, settings)))
-        if len(shown) < SHEET_MOST:
-            shown.append(image)
+    with contextlib.closing(batches):  # and its bar, before an error is said
+        for image in (image for stages in batches for image in stages[-1]):
+            prompt, index = prompts[len(paths) // num_images], first_index + len(paths)
+            metadata = _metadata(prompt, seed, index, settings)
+            paths.append(save_png(out / name(len(paths)), image, metadata))
+            if len(shown) < SHEET_MOST:
+                shown.append(image)
     if len(paths) > 1:
         captions = [prompts[i // num_images] for i in range(len(shown))]
         cell = min(max(SHEET_CELLS[0], *image.shape[:2]), SHEET_CELLS[1])
         sheet = contact_sheet(shown, captions, cell=cell)
-        paths.append(save_png(out / f"sheet-{seed}-from-{first_index}.png", sheet))
+        paths.append(save_png(out / sheet_name, sheet))
     return paths
 
 
@@ -100,20 +116,19 @@ def upscale_to_file(
     Args:
       folder: the bundle.
       image: the picture's file.
-      out: the PNG file, replaced if it's there.
+      out: the PNG file, NAME.png, replaced if it's there.
       stage: which stage enlarges; 1 is the first that can.
       **changes: steps, guidance, aug_level, sampler.
       Others: as in `Cascade.upscale`.
 
     Raises:
-      UserError: as `cascade.load`, `read_image` and `Cascade.upscale`; a folder that can't be
-        written is found before anything is drawn.
+      UserError: as `cascade.load`, `read_image` and `Cascade.upscale`; an `out` that isn't PNG or
+        can't be written is found before anything is drawn.
     """
-    out = Path(out)
-    check_writable(out.parent)
+    out = check_png(out)
     picture = read_image(image)
     pipe = load(folder)
-    drawn = pipe.upscale(
+    drawn = pipe.upscale_batches(
         picture,
         prompt,
         stage,
@@ -124,23 +139,48 @@ def upscale_to_file(
         progress=progress,
         **changes,
     )
-    settings = _settings(pipe, changes, negative_prompt=negative_prompt, stage=stage)
-    return save_png(out, drawn[0], _metadata(prompt, seed, first_index, settings))
+    settings = _settings(pipe, changes, stage, negative_prompt=negative_prompt)
+    check_writable(out.parent)
+    (((enlarged,),),) = drawn  # the one picture of the one stage in the one batch
+    return save_png(out, enlarged, _metadata(prompt, seed, first_index, settings))
 
 
 def _parsed_size(size: str | None) -> tuple[int, int] | None:
     """(height, width) from "HEIGHTxWIDTH"."""
     if size is None:
         return None
-    match = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", size)
+    match = re.fullmatch(r"([0-9]{1,6})[x×]([0-9]{1,6})", size)
     if not match:
         raise UserError(f"The size is {size!r}; give HEIGHTxWIDTH of the base picture, like 64x96.")
     return int(match[1]), int(match[2])
 
 
-def _settings(pipe: Cascade, changes: dict, **others) -> str:
-    """Every setting that a picture was drawn with, the bundle's own included, as JSON."""
-    stages = [settings.to_dict() for settings in pipe.settings(**changes)]
+def _check_free(out: Path, names: Iterable[str]):
+    """Raises a UserError if a folder in `out` has one of `names`."""
+    if any(path.is_dir() for path in out.glob("*.png")):
+        for name in names:
+            check_png(out / name)
+
+
+def _stem(prompt: str, seed: int) -> str:
+    """How the names of a prompt's files begin."""
+    words = re.sub(r"\W+", "-", prompt)[:40].strip("-_").lower() or "unconditional"
+    return f"{words}-{seed}"
+
+
+def _digest(*request) -> str:
+    """Six hex digits that tell one request from another."""
+    return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:6]
+
+
+def _settings(pipe: Cascade, changes: dict, drawing: int | None = None, **others) -> str:
+    """Every setting that a picture was drawn with, the bundle's own included, as JSON.
+
+    `drawing` is the stage that drew it, None where all did.
+    """
+    stages = [settings.to_dict() for settings in pipe.settings(**changes, stage=drawing)]
+    if drawing is not None:
+        others["stage"] = drawing
     return json.dumps({"stages": stages, **others})
 
 

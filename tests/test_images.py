@@ -64,6 +64,24 @@ def test_check_writable_says_what_cannot_be_written(tmp_path):
         images.check_writable(tmp_path / "file" / "folder")
 
 
+def test_a_path_that_is_a_file_or_holds_a_nul(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        images.check_writable(tmp_path / "file")
+    for read_or_write in (images.check_writable, images.read_image):
+        with pytest.raises(UserError, match="null"):
+            read_or_write("a\0b")
+
+
+@pytest.mark.parametrize("name", ["", "folder.png", "a.jpg", "a"])
+def test_what_is_no_png_file_to_write(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match="PNG"):
+        images.check_png(name)
+    assert images.check_png("new/a.PNG") and not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
 def test_reading_what_is_no_picture(tmp_path, content):
     path = tmp_path / "x.png"

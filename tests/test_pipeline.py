@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 
@@ -237,6 +238,7 @@ def test_with_the_real_text_encoder(tmp_path, caplog):
         ({"prompt": "a\ud800"}, "surrogate"),
         ({"num_images": 0}, "num_images"),
         ({"num_images": 1.5}, "num_images"),
+        ({"num_images": 10**20}, "num_images"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
         ({"seed": "x"}, "seed"),
@@ -247,6 +249,13 @@ def test_with_the_real_text_encoder(tmp_path, caplog):
         ({"steps": 2.5}, "steps"),
         ({"steps": (3, 3, 3)}, "3 values.*2 stages"),
         ({"steps": "3"}, "steps"),
+        ({"steps": 10**30}, "steps.*100000"),
+        ({"steps": np.array([2.5, 1.0])}, "steps"),
+        ({"steps": np.True_}, "steps"),
+        ({"guidance": 10**400}, "guidance.*10000"),
+        ({"guidance": -1e5}, "guidance.*10000"),
+        ({"guidance": np.array([np.nan, 1])}, "guidance"),
+        ({"sampler": [1]}, "sampler"),
         ({"guidance": float("nan")}, "guidance"),
         ({"guidance": (1.0, float("inf"))}, "guidance"),
         ({"guidance": ()}, "0 values"),
@@ -259,8 +268,10 @@ def test_with_the_real_text_encoder(tmp_path, caplog):
         ({"size": (8,)}, "size"),
         ({"size": (8, 0)}, "size"),
         ({"size": (8, 9)}, "multiples of 2"),
-        ({"negative_prompt": None}, "negative_prompt"),
-        ({"negative_prompt": "\ud800"}, "surrogate"),
+        ({"size": (8, 8194)}, "at most 8192"),
+        ({"negative_prompt": None}, "negative prompt"),
+        ({"negative_prompt": ["a", "b"]}, "negative prompt"),
+        ({"negative_prompt": "\ud800"}, "The negative prompt.*surrogate"),
     ],
 )
 def test_bad_arguments_are_said_in_a_sentence(pipe, arguments, message):
@@ -279,11 +290,20 @@ def test_bad_arguments_are_said_in_a_sentence(pipe, arguments, message):
         ({"images": []}, "picture"),
         ({"seed": -1}, "seed"),
         ({"batch_size": 0}, "batch_size"),
+        ({"steps": (1, 2)}, "steps has 2 values.*give one value"),
     ],
 )
 def test_bad_arguments_of_upscale(pipe, arguments, message):
     with pytest.raises(UserError, match=message):
         pipe.upscale(**{"images": np.zeros((8, 8, 3), np.uint8), "progress": False, **arguments})
+
+
+def test_numpy_values_and_one_value_for_the_stage_that_enlarges(pipe):
+    assert pipe.settings(np.int64(2), np.float32(2)) == pipe.settings(2, 2.0)
+    assert (
+        pipe.settings(np.array([1, 2])) == pipe.settings((1, 2)) == pipe.settings([np.int8(1), 2])
+    )
+    assert pipe.settings((2,), stage=1) == pipe.settings(2)[1:]
 
 
 def test_stages_that_do_not_fit_or_were_not_trained(stages):
@@ -343,7 +363,7 @@ def test_the_sample_job_writes_pictures_that_tell_how_they_were_made(loadable, d
 
 def test_one_picture_of_many_is_drawn_again(loadable, drawn, tmp_path):
     (path,) = sample.sample_to_folder("b", PROMPTS[1:], tmp_path, first_index=6, progress=False)
-    assert path.name == "two-blue-birds-0-6.png"
+    assert re.fullmatch(r"two-blue-birds-0-6-[0-9a-f]{6}\.png", path.name)
     assert images.read_metadata(path)["index"] == "6"
     assert spread(images.read_image(path), drawn[1][6]) <= 1
 
@@ -353,7 +373,7 @@ def test_pictures_are_on_the_disk_before_the_next_batch(loadable, tmp_path, monk
 
     def interrupted(*args, **options):
         yield next(draw(*args, **options))
-        assert len(list(tmp_path.glob("moon-0-?.png"))) == 8
+        assert len(list(tmp_path.glob("moon-0-?-*.png"))) == 8
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loadable, "draw_batches", interrupted)
@@ -370,16 +390,80 @@ def test_the_upscale_job(loadable, drawn, tmp_path):
     assert images.read_metadata(big)["prompt"] == PROMPTS[0]
 
 
-def test_an_output_folder_that_cannot_be_written_stops_before_sampling(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "load", lambda folder: pytest.fail("went on"))
+def test_only_the_very_same_request_replaces_a_file(loadable, tmp_path, monkeypatch):
+    blank = np.zeros((1, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(
+        loadable,
+        "draw_batches",
+        lambda prompts, *_, **__: ([blank] for _ in prompts),
+    )
+    long = "moon " * 20
+    requests = [
+        {"prompts": ["a cat!", "moon"]},
+        {"prompts": ["A cat?", "sun"]},
+        {"prompts": [long + "a", long + "b"]},
+        *({"prompts": ["moon"], change: 2} for change in ("guidance", "steps", "seed")),
+        {"prompts": ["moon"], "sampler": "heun"},
+        {"prompts": ["moon"], "size": "8x16"},
+        {"prompts": ["moon"], "negative_prompt": "sun"},
+        {"prompts": ["moon"], "folder": "c"},
+    ]
+    runs = [
+        [p.name for r in requests for p in sample.sample_to_folder(**{"folder": "b", **r, **there})]
+        for there in [{"out": tmp_path}] * 2
+    ]
+    assert runs[0] == runs[1] and len(set(runs[0])) == len(runs[0]) == 16
+    assert len(list(tmp_path.iterdir())) == 16
+
+
+def no_drawing(*_):
+    pytest.fail("drew")
+
+
+def test_an_output_that_cannot_be_written_stops_before_sampling(loadable, tmp_path, monkeypatch):
+    monkeypatch.setattr("cascade.batches._draw", no_drawing)
+    small = images.save_png(tmp_path / "small.png", np.zeros((8, 8, 3), np.uint8))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file"):
+    with pytest.raises(UserError, match="is a file, not a folder"):
         sample.sample_to_folder("b", ["moon"], tmp_path / "file" / "out")
-    with pytest.raises(UserError, match="file"):
-        sample.upscale_to_file("b", "x.png", tmp_path / "file" / "big.png")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        sample.upscale_to_file("b", small, tmp_path / "file" / "big.png")
+    for out in (tmp_path, "", tmp_path / "big.jpg"):
+        with pytest.raises(UserError, match="PNG"):
+            sample.upscale_to_file("b", small, out)
 
 
-@pytest.mark.parametrize("size", ["8", "8x", "axb", "-8x8", "8x8x8", ""])
+def test_a_folder_in_a_pictures_place_stops_before_sampling(loadable, tmp_path, monkeypatch):
+    (path,) = sample.sample_to_folder("b", ["moon"], tmp_path, progress=False)
+    path.unlink()
+    path.mkdir()
+    monkeypatch.setattr("cascade.batches._draw", no_drawing)
+    with pytest.raises(UserError, match="is a folder"):
+        sample.sample_to_folder("b", ["moon"], tmp_path, progress=False)
+
+
+def test_bad_arguments_leave_no_folder(loadable, tmp_path):
+    small = images.save_png(tmp_path / "small.png", np.zeros((8, 8, 3), np.uint8))
+    out = tmp_path / "out"
+    for bad in ({"seed": -1}, {"negative_prompt": "\ud800"}, {"steps": 0}):
+        with pytest.raises(UserError):
+            sample.sample_to_folder("b", ["moon"], out, **bad)
+        with pytest.raises(UserError):
+            sample.upscale_to_file("b", small, out / "big.png", **bad)
+    assert not out.exists()
+
+
+def test_the_bar_is_closed_before_an_error_is_said(loadable, tmp_path, monkeypatch, capsys):
+    def full_disk(*_):
+        raise UserError("full")
+
+    monkeypatch.setattr(sample, "save_png", full_disk)
+    with pytest.raises(UserError) as error:
+        sample.sample_to_folder("b", ["moon"], tmp_path, num_images=2)
+    assert error and capsys.readouterr().err.endswith("\n")
+
+
+@pytest.mark.parametrize("size", ["8", "8x", "axb", "-8x8", "8x8x8", "", "٨x٨"])
 def test_a_size_that_cannot_be_read(loadable, tmp_path, size):
     with pytest.raises(UserError, match="HEIGHTxWIDTH"):
         sample.sample_to_folder("b", ["moon"], tmp_path, size=size)

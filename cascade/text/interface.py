@@ -70,10 +70,14 @@ class TextEncoder(abc.ABC):
     def null(self) -> tuple[np.ndarray, np.ndarray]:
         """The condition that stands for no text: (emb [L, D] float32, mask [L] bool)."""
 
-    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, prompts: Sequence[str], what: str = "prompt") -> tuple[np.ndarray, np.ndarray]:
         """Embeds prompts and says, by a logged warning, which were cut or empty.
 
         A prompt's states don't depend on the prompts beside it.
+
+        Args:
+          prompts: texts.
+          what: what a warning calls one of them.
 
         Returns:
           text_emb [B, L, D] float32, zero at padding, and text_mask [B, L] bool.
@@ -89,14 +93,16 @@ class TextEncoder(abc.ABC):
         for i, prompt in enumerate(prompts):
             if tokens.truncated[i]:
                 log.warning(
-                    "The prompt %s is longer than the %d tokens that %s reads; its end is cut off.",
+                    "The %s %s is longer than the %d tokens that %s reads; its end is cut off.",
+                    what,
                     shortened(prompt),
                     self.max_length,
                     self.name,
                 )
             elif not tokens.mask[i].any():
                 log.warning(
-                    "The prompt %s holds no text; it is unconditional.",
+                    "The %s %s holds no text; it is unconditional.",
+                    what,
                     shortened(prompt),
                 )
         text_emb = np.zeros((*tokens.ids.shape, self.width), np.float32)
@@ -130,19 +136,19 @@ def padded_lengths(counts: np.ndarray, max_length: int) -> np.ndarray:
     return np.array(lengths)[np.searchsorted(lengths, counts)]
 
 
-def checked_text(prompt: str) -> str:
-    """Returns the prompt if every tokenizer can read it.
+def checked_text(prompt: str, what: str = "prompt") -> str:
+    """Returns the prompt if every tokenizer can read it; `what` is its name in an error.
 
     Raises:
       UserError: it is not a string, or holds lone surrogates, which no UTF-8 text can.
     """
     if not isinstance(prompt, str):
-        raise UserError(f"A prompt is {prompt!r} ({type(prompt).__name__}); give a string.")
+        raise UserError(f"A {what} is {prompt!r} ({type(prompt).__name__}); give a string.")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
-            f"The prompt {shortened(prompt)} holds a lone surrogate (half a character) at position"
+            f"The {what} {shortened(prompt)} holds a lone surrogate (half a character) at position"
             f" {error.start}; give valid Unicode text."
         ) from None
     return prompt
