@@ -194,12 +194,12 @@ def drawing_options(command):
             click.option(
                 "--steps",
                 type=Numbers(int),
-                help="Sampling steps: one number, or (sample) one a stage. [default: the bundle's]",
+                help="Sampling steps: one, or (sample) one a stage. [default: the bundle's]",
             ),
             click.option(
                 "--guidance",
                 type=Numbers(float),
-                help="Guidance weight: one number, or (sample) one a stage. [default: the bundle's]",
+                help="Guidance weight: one, or (sample) one a stage. [default: the bundle's]",
             ),
             click.option("--negative-prompt", default="", help="What to lead away from."),
             click.option(
