@@ -23,6 +23,7 @@ from cascade.data.preprocess import Preprocess, colour
 from cascade.errors import UserError
 from cascade.evaluation.report import Drawing, StageSummary, write_report
 from cascade.evaluation.retrieval import nearest
+from cascade.files import write_whole
 from cascade.images import check_writable, contact_sheet, save_png
 from cascade.pipeline import Cascade, load
 from cascade.training import metrics
@@ -114,9 +115,7 @@ class Parts:
         self._write()
 
     def _write(self):
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"rows": self.rows, "notes": self.notes}), encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, json.dumps({"rows": self.rows, "notes": self.notes}))
 
 
 def trained_steps(workdir: pathlib.Path) -> int:

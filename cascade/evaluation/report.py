@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cascade.files import write_whole
+
 SMOOTHED_OVER = 20  # logged rows that one point of the thick loss curve averages
 
 
@@ -83,10 +85,7 @@ def write_report(
         parts=parts,
         facts=facts,
     )
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(pathlib.Path(path), html)
 
 
 def png_uri(image: np.ndarray) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from cascade.errors import UserError
+from cascade.files import write_whole
 
 # Dense bf16 (GPU: tensor-core) peak FLOP/s of one device, from the vendors' datasheets.
 PEAK_FLOPS = {
@@ -28,16 +29,6 @@ def peak_flops() -> float | None:
     """Peak FLOP/s of all devices together, or None where this kind of device isn't listed."""
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     return peak and peak * jax.device_count()
-
-
-def write_whole(path: pathlib.Path, text: str):
-    """Writes a text file under a temporary name and renames it: all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Metrics:

@@ -16,13 +16,13 @@ from cascade import registry
 from cascade.data.loader import make_loader, make_source
 from cascade.data.sources import captions_of
 from cascade.errors import UserError
+from cascade.files import write_whole
 from cascade.parallel import mesh as meshes
 from cascade.parallel.rules import shardings
 from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
 from cascade.text.encoders import ENCODERS
 from cascade.training.checkpoint import Checkpoints
-from cascade.training.metrics import write_whole
 from cascade.training.observe import Observer, due
 from cascade.training.optim import make_optimizer
 from cascade.training.state import init_state, make_train_step, with_shardings
