@@ -134,7 +134,7 @@ def experiment(stage: str, workdir: pathlib.Path, minutes: float) -> ConfigDict:
     config = configs.load(f"configs/emoji/demo_{stage}.py{hardware}")
     for source in (config.data.source, config.data.eval_source):
         source.data_dir = str(workdir / "data")
-    config.text_cache = str(workdir / "text_cache")
+    config.text_cache.folder = str(workdir / "text_cache")
     config.train.steps = max(round(config.train.steps * minutes / MINUTES), 2)
     rate = config.train.learning_rate
     rate.decay_steps = config.train.steps

@@ -52,7 +52,7 @@ SCHEMA = {
     "seed": int,
     "stage": STAGE,
     "text": Part("text encoder", ENCODERS),
-    "text_cache": str,
+    "text_cache": {"folder": str, "dtype": str},
     "data": {
         "source": Part("data source", SOURCES),
         "eval_source": Part("data source", SOURCES),
@@ -140,7 +140,10 @@ STAGE_RANGES = {
 RANGES = {
     "seed": between(0, 2**32 - 1),
     "stage": STAGE_RANGES,
-    "text_cache": Range(str.strip, "the path of a folder"),
+    "text_cache": {
+        "folder": Range(str.strip, "the path of a folder"),
+        "dtype": Range(("float16", "bfloat16", "int8").__contains__, "float16, bfloat16 or int8"),
+    },
     "data": {
         "filter": {"min_side": at_least(0), "max_aspect": at_least(1.0)},
         "workers": at_least(0),

@@ -25,7 +25,7 @@ def smoke_config(tmp_path):
     from cascade import config  # which imports jax
 
     loaded = config.load("configs/emoji/base64.py:smoke")
-    loaded.text_cache = str(tmp_path / "text_cache")
+    loaded.text_cache.folder = str(tmp_path / "text_cache")
     loaded.mesh.data, loaded.mesh.fsdp, loaded.mesh.tensor = 1, 1, 1
     return loaded
 

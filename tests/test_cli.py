@@ -167,7 +167,7 @@ def test_no_picture_to_enlarge(bundle, tmp_path):
 )
 def test_bad_training_settings(override, said, tmp_path):
     said_so = sentence("train", "--config", SMOKE, "--workdir", tmp_path / "run",
-                       f"--config.text_cache={tmp_path}/cache", override)  # fmt: skip
+                       f"--config.text_cache.folder={tmp_path}/cache", override)  # fmt: skip
     assert said in said_so
 
 
@@ -176,7 +176,7 @@ from cascade.configs.emoji import base64
 
 def get_config(arg=""):
     config = base64.get_config("smoke")
-    config.text_cache = {cache!r}
+    config.text_cache.folder = {cache!r}
     config.data.source = config.data.eval_source = {source!r}
     return config
 """
@@ -226,7 +226,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
         return subprocess.run(
             [sys.executable, "-c", FULL_DISK, str(limit), "train", "--config", SMOKE,
              "--workdir", str(workdir), f"--config.train.steps={steps}",
-             "--config.train.checkpoint_every=1", f"--config.text_cache={tmp_path}/cache",
+             "--config.train.checkpoint_every=1", f"--config.text_cache.folder={tmp_path}/cache",
              "--config.train.eval_every=99", "--config.train.sample_every=99"],
             capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}, check=False,
         )  # fmt: skip

@@ -68,7 +68,7 @@ def train(config, workdir, *, progress: bool = True):
     rules = [(pattern, P(*spec)) for pattern, spec in config.sharding_rules]
     placed = shardings(abstract, mesh, rules)
 
-    embeddings = EmbeddingCache(config.text_cache, encoder)
+    embeddings = EmbeddingCache(config.text_cache.folder, encoder)
     batches = loader(config, embeddings, train=True)
     evaluation = loader(config, embeddings, train=False)
     evaluation = list(itertools.islice(evaluation, settings.eval_batches))

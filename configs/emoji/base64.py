@@ -67,7 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
     }
 
     config.text = {"name": "minilm", "max_length": 48, "weights": ""}
-    config.text_cache = "data/text_cache"
+    config.text_cache = {"folder": "data/text_cache", "dtype": "float16"}
 
     emoji = {
         "name": "tfds",

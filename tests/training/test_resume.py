@@ -54,7 +54,7 @@ SETTINGS = {
 def runs(tmp_path_factory):
     """(straight, broken): an unbroken run, and one killed at step 25 and started again."""
     folder = tmp_path_factory.mktemp("resume")
-    overrides = flags(**SETTINGS, text_cache=folder / "text_cache")
+    overrides = flags(**SETTINGS, text_cache__folder=folder / "text_cache")
     # One device, as a user has; the fake devices are for the sharding tests.
     environment = {**os.environ, "XLA_FLAGS": ""}
 

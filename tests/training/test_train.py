@@ -21,7 +21,7 @@ SMOKE = "configs/emoji/base64.py:smoke"
 def run(tmp_path_factory):
     """A finished smoke run: (its folder, its config)."""
     folder = tmp_path_factory.mktemp("train")
-    overrides = flags(mesh__data=2, mesh__fsdp=4, text_cache=folder / "cache")
+    overrides = flags(mesh__data=2, mesh__fsdp=4, text_cache__folder=folder / "cache")
     loaded = config.load(SMOKE, overrides)
     train(loaded, folder / "run", progress=False)
     return folder / "run", loaded
@@ -88,7 +88,7 @@ def test_a_batch_that_devices_cant_share_is_refused(tmp_path):
 
 def test_a_diverged_run_stops_with_a_sentence(tmp_path):
     overrides = flags(
-        mesh__data=2, mesh__fsdp=4, text_cache=tmp_path / "cache",
+        mesh__data=2, mesh__fsdp=4, text_cache__folder=tmp_path / "cache",
         train__learning_rate__peak=1e30, train__clip_norm=0.0, train__steps=40,
     )  # fmt: skip
     loaded = config.load(SMOKE, overrides)
