@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from cascade.errors import UserError
 
@@ -61,6 +62,14 @@ class TextEncoder(abc.ABC):
     @abc.abstractmethod
     def embed(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """States [B, l, D] float32 of tokens [B, l], any l ≤ L; zero where the mask is False."""
+
+    def place(self, mesh: Mesh):  # noqa: B027  (an encoder small enough has nothing to do)
+        """Lays the weights over a mesh's `fsdp` and `tensor` axes; call it before embedding.
+
+        `embed` then also takes global arrays whose batch is split over the mesh, and gives such
+        back. An encoder that doesn't override this has a copy of its weights on every device. A
+        pickled copy forgets its place.
+        """
 
     @abc.abstractmethod
     def save_tokenizer(self, folder: Path) -> list[str]:
