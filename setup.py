@@ -21,6 +21,8 @@ REQUIRES = [
     "pillow>=10.3",  # reads and writes pictures
     "safetensors>=0.4.5",  # weight files that hold no code
     "tokenizers>=0.20",  # WordPiece, as the text encoder was trained with
+    "sentencepiece>=0.2",  # T5's tokens, from its genuine vocabulary
+    "ml_dtypes>=0.4",  # NumPy's bfloat16, for reading weights that are stored so
     "numpy>=1.26",  # host arrays
     "jinja2>=3.1",  # the report's HTML template, with escaping
     "matplotlib>=3.8",  # the report's loss curves
@@ -37,9 +39,10 @@ EXTRAS = {
         "hypothesis>=6.100",  # property tests
         "ruff>=0.8",  # lint and format
     ],
+    "hub": ["huggingface_hub>=0.26"],  # fetches weights by a hub id instead of a folder
     "parity": [
         "torch>=2.4",  # runs the implementations that ours is compared with
-        "transformers>=4.45",  # BertModel, the text encoder's reference
+        "transformers>=4.45",  # BertModel and T5EncoderModel, the text encoders' references
     ],
 }
 

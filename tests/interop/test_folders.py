@@ -1,0 +1,322 @@
+"""Folders of others' weights are read, whole or in part, or refused by name; nothing runs."""
+
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from cascade.errors import UserError
+from cascade.interop import folders
+from cascade.interop.folders import open_weights, resolve
+
+INDEX = "model.safetensors.index.json"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+PICKLE = "pytorch_model.bin"
+
+
+def tensors():
+    rng = np.random.default_rng(0)
+    return {
+        "a.weight": rng.normal(size=(6, 5)).astype(np.float32),
+        "b.weight": rng.normal(size=(4, 3, 2)).astype(np.float16),
+        "c.weight": rng.normal(size=(7,)).astype(ml_dtypes.bfloat16),
+        "scalar": np.full((), 3.0, np.float32),
+    }
+
+
+def sharded(folder: Path, **changes) -> Path:
+    """A folder of two shards and their index, in which `changes` replace file names."""
+    folder.mkdir(exist_ok=True)
+    parts = np.array_split(sorted(tensors()), 2)
+    weight_map = {}
+    for shard, names in zip(SHARDS, parts, strict=True):
+        save_file({name: tensors()[name] for name in names}, folder / shard)
+        weight_map |= dict.fromkeys(map(str, names), shard)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map | changes}))
+    return folder
+
+
+def reindexed(folder: Path, shard) -> Path:
+    """The folder, with an index that says the first tensor is in `shard`."""
+    return sharded(folder, **{"a.weight": shard})
+
+
+def assert_whole(weights):
+    assert weights.names() == sorted(tensors())
+    for name, value in tensors().items():
+        read = weights.read(name)
+        assert read.dtype == weights.dtype(name) == value.dtype
+        assert read.shape == weights.shape(name) == value.shape
+        np.testing.assert_array_equal(read, value)
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("name", [n for n in folders.WEIGHT_FILES if not n.endswith(".json")])
+def test_one_file(tmp_path, name):
+    save_file(tensors(), tmp_path / name)
+    assert_whole(open_weights(tmp_path))
+
+
+def test_shards_under_an_index(tmp_path):
+    weights = open_weights(sharded(tmp_path))
+    assert_whole(weights)
+    assert [path.name for path in weights.files] == list(SHARDS)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["a.weight", "b.weight", "c.weight"]), data=st.data())
+def test_any_part_of_a_tensor(tmp_path, name, data):
+    weights, whole = open_weights(sharded(tmp_path)), tensors()[name]
+    bounds = [sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in whole.shape]
+    part = tuple(slice(low, high) for low, high in bounds if low < high)[: whole.ndim]
+    part = part if len(part) == whole.ndim else ()
+    read = weights.read(name, part)
+    assert read.dtype == whole.dtype
+    np.testing.assert_array_equal(read, whole[part])
+
+
+def test_full_slices_as_jax_gives_them(tmp_path):
+    part = (slice(None), slice(2, 4, None))
+    read = open_weights(sharded(tmp_path)).read("a.weight", part)
+    np.testing.assert_array_equal(read, tensors()["a.weight"][part])
+
+
+# --------------------------------------------------------------------------- what isn't a model
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(UserError, match="no folder"):
+        open_weights(tmp_path / "none")
+
+
+def test_a_folder_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no weights"):
+        open_weights(tmp_path)
+
+
+class Trap:
+    """Pickles into a call that makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", [PICKLE, "diffusion_pytorch_model.bin", "model.ckpt", "model.pt"])
+def test_a_pickle_is_refused_and_a_safetensors_alternative_named(tmp_path, name):
+    trap = tmp_path / "sprung"
+    (tmp_path / name).write_bytes(pickle.dumps(Trap(trap)))
+    with pytest.raises(UserError, match=r"only pickles.*flan-t5.*safe_serialization=True"):
+        open_weights(tmp_path)
+    assert not trap.exists()
+
+
+def test_a_pickle_that_calls_itself_safetensors(tmp_path):
+    trap = tmp_path / "sprung"
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps(Trap(trap)))
+    with pytest.raises(UserError, match="isn't a safetensors file"):
+        open_weights(tmp_path)
+    assert not trap.exists()
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    (sharded(tmp_path) / SHARDS[1]).unlink()
+    with pytest.raises(UserError, match=f"no file '{SHARDS[1]}'"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100, -1])
+def test_a_shard_cut_short_is_named(tmp_path, cut):
+    shard = sharded(tmp_path) / SHARDS[0]
+    shard.write_bytes(shard.read_bytes()[:cut])
+    with pytest.raises(UserError, match=f"{SHARDS[0]}' is damaged"):
+        open_weights(tmp_path)
+
+
+def test_a_tensor_that_its_shard_lacks(tmp_path):
+    with pytest.raises(UserError, match=r"lacks the tensor 'a\.weight'"):
+        open_weights(reindexed(tmp_path, SHARDS[1]))
+
+
+def test_a_tensor_that_nobody_has(tmp_path):
+    weights = open_weights(sharded(tmp_path))
+    for ask in (weights.shape, weights.dtype, weights.read):
+        with pytest.raises(UserError, match=r"lack the tensor 'd\.weight'"):
+            ask("d.weight")
+
+
+def test_eight_bit_numbers_are_refused_by_name(tmp_path):
+    save_file({"a": np.zeros(3, np.uint8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"'a' .* as U8"):
+        open_weights(tmp_path).read("a")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"weight_map": {}}', '{"weight_map": ["a"]}', "{}", "[" * 100_000, "\xff"],
+)
+def test_an_index_that_is_none(tmp_path, text):
+    (sharded(tmp_path) / INDEX).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=f"{INDEX}.*get it again"):
+        open_weights(tmp_path)
+
+
+# ------------------------------------------------------------------------ out of the folder
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../secret.safetensors",
+        "sub/../../secret.safetensors",
+        "sub/model.safetensors",
+        "..\\secret.safetensors",
+        "/etc/secret.safetensors",
+        "C:\\secret.safetensors",
+        "..",
+        ".hidden.safetensors",
+        "secret.bin",
+        "a\0.safetensors",
+        "a\n.safetensors",
+        "",
+        7,
+        None,
+        ["model.safetensors"],
+    ],
+)
+def test_an_index_may_only_name_plain_files(tmp_path, shard):
+    save_file(tensors(), tmp_path / "secret.safetensors")
+    with pytest.raises(UserError, match="isn't the plain name"):
+        open_weights(reindexed(tmp_path / "model", shard))
+
+
+def test_an_absolute_path_of_a_real_file(tmp_path):
+    save_file(tensors(), tmp_path / "secret.safetensors")
+    with pytest.raises(UserError, match="isn't the plain name"):
+        open_weights(reindexed(tmp_path / "model", str(tmp_path / "secret.safetensors")))
+
+
+@pytest.mark.parametrize("file", [SHARDS[0], INDEX, "model.safetensors"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_link_that_leads_outside(tmp_path, file, relative):
+    folder = sharded(tmp_path / "model")
+    outside = tmp_path / f"secret-{file}"
+    save_file(tensors(), folder / "model.safetensors")
+    if file != "model.safetensors":
+        (folder / "model.safetensors").unlink()
+    (folder / file).rename(outside)
+    (folder / file).symlink_to(Path("..") / outside.name if relative else outside)
+    with pytest.raises(UserError, match="leads outside"):
+        open_weights(folder)
+
+
+def test_links_within_the_folder_are_followed(tmp_path):
+    folder = sharded(tmp_path)
+    (folder / "objects").mkdir()
+    (folder / SHARDS[0]).rename(folder / "objects" / "1")
+    (folder / SHARDS[0]).symlink_to("objects/1")
+    assert_whole(open_weights(folder))
+
+
+def hub_cache(root: Path) -> tuple[Path, Path]:
+    """A model's folder in a hub cache's layout, and the folder of its blobs."""
+    repository = root / "models--google--t5"
+    folder = repository / "snapshots" / "abc" / "text_encoder"
+    folder.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    sharded(folder)
+    for path in list(folder.iterdir()):
+        path.rename(repository / "blobs" / path.name)
+        path.symlink_to(Path("../../../blobs") / path.name)
+    return folder, repository / "blobs"
+
+
+def test_the_hubs_cache_keeps_files_as_links_to_its_blobs(tmp_path):
+    folder, _ = hub_cache(tmp_path)
+    assert_whole(open_weights(folder))
+
+
+def test_but_no_further(tmp_path):
+    folder, blobs = hub_cache(tmp_path)
+    (blobs / SHARDS[0]).rename(tmp_path / "secret.safetensors")
+    (folder / SHARDS[0]).unlink()
+    (folder / SHARDS[0]).symlink_to(tmp_path / "secret.safetensors")
+    with pytest.raises(UserError, match="leads outside"):
+        open_weights(folder)
+
+
+def test_a_pipe_or_a_circle_of_links_is_no_file(tmp_path):
+    folder = sharded(tmp_path)
+    (folder / SHARDS[0]).unlink()
+    os.mkfifo(folder / SHARDS[0])
+    with pytest.raises(UserError, match="no file"):
+        open_weights(folder)
+    (folder / SHARDS[0]).unlink()
+    (folder / SHARDS[0]).symlink_to(SHARDS[0])
+    with pytest.raises(UserError, match="no file"):
+        open_weights(folder)
+
+
+# ------------------------------------------------------------------------------------ sources
+
+
+def test_a_folder_is_its_own_source(tmp_path, monkeypatch):
+    assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t5").mkdir()
+    assert resolve("~/t5") == tmp_path / "t5"
+
+
+@pytest.mark.parametrize("source", ["", "t5", "/no/such/folder", "../x/y", "a/b/c", "a/../b"])
+def test_what_is_neither_a_folder_nor_a_hub_id(source):
+    with pytest.raises(UserError, match="give a folder, or a hub id"):
+        resolve(source)
+
+
+def fake_hub(monkeypatch, download):
+    """Puts a function in place of the hub's client."""
+    module = type(sys)("huggingface_hub")
+    module.snapshot_download = download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+
+
+def test_a_hub_id_is_fetched_without_code_or_pickles(tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repo_id, **patterns):
+        asked.update(patterns, repo_id=repo_id)
+        return str(tmp_path)
+
+    fake_hub(monkeypatch, download)
+    assert resolve("google/flan-t5-xl") == tmp_path
+    assert asked["repo_id"] == "google/flan-t5-xl"
+    kinds = {pattern.rpartition(".")[2] for pattern in asked["allow_patterns"]}
+    assert kinds == {"json", "safetensors", "model"}
+
+
+def test_a_hub_out_of_reach_is_told_in_one_sentence(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError("no route\nto host.")
+
+    fake_hub(monkeypatch, fail)
+    with pytest.raises(UserError, match=r"couldn't be fetched .*\(no route to host\); check"):
+        resolve("google/flan-t5-xl")
+
+
+def test_without_the_extra_its_name_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"pip install 'cascade-imagen\[hub\]'"):
+        resolve("google/flan-t5-xl")
