@@ -10,8 +10,6 @@ shape, what the config's network needs (`cascade.shards`).
 """
 
 import os
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ import jax
 from cascade import manifest
 from cascade.config import from_json, to_json
 from cascade.errors import UserError
+from cascade.files import whole_folder
 from cascade.registry import build
 from cascade.shards import DTYPES, check_shapes, named, read_shards, write_shards
 from cascade.stage import Stage
@@ -113,60 +112,22 @@ def save_bundle(
     if dtype not in DTYPES:
         raise UserError(f"A bundle can't hold {dtype!r} weights; choose float32 or bfloat16.")
     check_fit(stages, text_encoder)
-    folder = Path(folder).resolve()
-    _check_target(folder, overwrite)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        (temporary / "tokenizer").mkdir(parents=True)
-        text_encoder.save_tokenizer(temporary / "tokenizer")
-        tokenizer = sorted(p for p in (temporary / "tokenizer").rglob("*") if p.is_file())
+    with whole_folder(folder, kind="bundle", mark="cascade.json", overwrite=overwrite) as new:
+        (new / "tokenizer").mkdir()
+        text_encoder.save_tokenizer(new / "tokenizer")
+        tokenizer = sorted(p for p in (new / "tokenizer").rglob("*") if p.is_file())
         contents = {
             "text": {
                 "section": {**text, **({"weights": ""} if "weights" in text else {})},
                 "fingerprint": text_encoder.fingerprint,
-                "files": [manifest.file_entry(temporary, path) for path in tokenizer],
+                "files": [manifest.file_entry(new, path) for path in tokenizer],
             },
             "stages": [
-                _save_stage(temporary, i, trained, dtype, shard_bytes)
-                for i, trained in enumerate(stages)
+                _save_stage(new, i, trained, dtype, shard_bytes) for i, trained in enumerate(stages)
             ],
         }
-        manifest.write(temporary, contents)
-        _move_into_place(temporary, folder)
-    except OSError as error:
-        raise UserError(
-            f"Can't write the bundle {str(folder)!r} ({error.strerror or error}); "
-            "free some space or give another place."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _check_target(folder: Path, overwrite: bool):
-    """Refuses to replace what's there unless it is a bundle and the user said so."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / "cascade.json").is_file():
-        raise UserError(f"{str(folder)!r} exists and isn't a bundle; give a new folder's name.")
-    if not overwrite:
-        raise UserError(
-            f"{str(folder)!r} already holds a bundle; give another name, or ask to overwrite it."
-        )
-
-
-def _move_into_place(temporary: Path, folder: Path):
-    """Renames the finished folder; an old one steps aside first and returns on failure."""
-    old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
-    if folder.exists():
-        os.rename(folder, old)
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if old.exists():
-            os.rename(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        manifest.write(new, contents)
+    return Path(folder).resolve()
 
 
 def _save_stage(folder: Path, index: int, trained: TrainedStage, dtype: str, limit: int) -> dict:
