@@ -166,6 +166,11 @@ def check_stage(stage: Mapping):
     check_sampling(stage["sampling"], "config.stage.sampling")
     if stage["output"] not in ("x", "eps", "v"):
         raise UserError(f"config.stage.output is {stage['output']!r}; give 'x', 'eps' or 'v'.")
+    if stage["lowres_upsampling"] not in ("after_noise", "before_noise"):
+        raise UserError(
+            f"config.stage.lowres_upsampling is {stage['lowres_upsampling']!r}; give 'after_noise' "
+            "or 'before_noise'."
+        )
     resolution, lowres, crop = (
         stage[key] for key in ("resolution", "lowres_resolution", "crop_resolution")
     )

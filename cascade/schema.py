@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from cascade.data.sources import SOURCES
 from cascade.diffusion.guidance import THRESHOLDS
 from cascade.diffusion.losses import WEIGHTINGS
-from cascade.diffusion.samplers import SAMPLERS
+from cascade.diffusion.samplers import SAMPLERS, SPACINGS
 from cascade.diffusion.schedules import SCHEDULES
 from cascade.networks import NETWORKS
 from cascade.text.encoders import ENCODERS
@@ -23,6 +23,7 @@ class Part:
 
 SAMPLING = {
     "sampler": Part("sampler", SAMPLERS),
+    "spacing": Part("spacing", SPACINGS),
     "steps": int,
     "guidance": float,
     "guidance_interval": tuple,  # (low, high) in logsnr; () = everywhere
@@ -44,6 +45,7 @@ STAGE = {
     "learned_variance": bool,
     "weighting": Part("weighting", WEIGHTINGS),
     "text_drop": float,
+    "lowres_upsampling": str,
     "aug_schedule": Part("schedule", SCHEDULES),
     "sampling": SAMPLING,
 }
@@ -127,6 +129,8 @@ STAGE_RANGES = {
         "channel_mults": PER_LEVEL,
         "num_blocks": PER_LEVEL,
         "skip_scale": FINITE,
+        "residual_scale": FINITE,
+        "embedding_channels": at_least(0),
         "head_channels": at_least(1),
         "text_channels": at_least(0),
         "pool_heads": at_least(0),

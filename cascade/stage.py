@@ -130,9 +130,7 @@ class Stage:
                 text_key, *cond.values(), self.config.text_drop, *self.null_cond.values()
             )
         if not self.is_base:
-            cond["lowres"], cond["aug_logsnr"] = conditioning.augment_lowres(
-                aug_key, batch["lowres"], self.aug_schedule
-            )
+            cond |= self._augmented(aug_key, batch["lowres"], x.shape[1:3])
         output = self.network.apply(
             {"params": params}, z_t, logsnr, cond, not train, rngs={"dropout": dropout_key}
         )
@@ -146,6 +144,13 @@ class Stage:
         loss = (each @ valid) / jnp.maximum(valid.sum(), 1.0)
         metrics = {"loss": loss, "bucket_sum": each @ member, "bucket_count": member.sum(0)}
         return loss, metrics
+
+    def _augmented(self, key, lowres, size, level=None) -> dict:
+        """The conditions that `lowres` becomes: noised, at its own or the output's `size`."""
+        if self.config.lowres_upsampling == "before_noise":
+            lowres = conditioning.upsample_lowres(lowres, size)
+        noised, aug_logsnr = conditioning.augment_lowres(key, lowres, self.aug_schedule, level)
+        return {"lowres": noised, "aug_logsnr": aug_logsnr}
 
     def settings(self, **changes) -> FrozenConfigDict:
         """The config's `sampling` section with some keys changed; hashable, so jit can key on it.
@@ -198,18 +203,16 @@ class Stage:
         )
         if not self.is_base:
             level = settings.aug_level if aug_level is None else aug_level
-            noised, aug_logsnr = conditioning.augment_lowres(
-                aug_keys, cond["lowres"], self.aug_schedule, level
-            )
-            low = {"lowres": noised, "aug_logsnr": aug_logsnr}
+            low = self._augmented(aug_keys, cond["lowres"], size, level)
             cond, null_cond = {**cond, **low}, {**null_cond, **low}
         weight = settings.guidance if guidance_weight is None else guidance_weight
         denoise = self.denoiser(params, cond, null_cond, settings, weight)
         shape = (*size, self.config.channels)
         z_1 = process.picture_noise(z_keys, shape)
         sampler = registry.build("sampler", samplers.SAMPLERS, settings.sampler)
-        times = samplers.time_steps(self.schedule, settings.steps)
-        x = samplers.sample(sampler, denoise, z_1, times, step_keys)
+        spacing = registry.build("spacing", samplers.SPACINGS, settings.spacing)
+        levels = spacing(self.schedule, settings.steps)
+        x = samplers.sample(sampler, denoise, z_1, levels, step_keys)
         return jnp.clip(x, -1.0, 1.0)
 
     @functools.cached_property

@@ -43,6 +43,22 @@ def augment_lowres(
     return jnp.where(along_batch(s, lowres) > 0, noised, lowres), aug_logsnr
 
 
+def upsample_lowres(lowres: Array, size: tuple[int, int]) -> Array:
+    """Resizes [B,h,w,C] to [B,H,W,C] bilinearly, corner pixels on corner pixels.
+
+    Output pixel i lies at i (h - 1) / (H - 1) of the input, as DeepFloyd IF has it; the usual
+    convention puts the pictures' edges on one another instead.
+    """
+    for axis, length in enumerate(size, 1):
+        last = lowres.shape[axis] - 1
+        at = jnp.linspace(0.0, last, length)
+        low = jnp.clip(jnp.floor(at).astype(int), 0, max(last - 1, 0))
+        weight = (at - low).reshape(-1, *(1,) * (lowres.ndim - axis - 1))
+        first, second = (jnp.take(lowres, low + i, axis, mode="clip") for i in (0, 1))
+        lowres = first + weight * (second - first)
+    return lowres
+
+
 def drop_text(
     key: Array,
     text_emb: Array,

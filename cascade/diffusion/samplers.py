@@ -1,20 +1,25 @@
 """Samplers: from noise to a picture, one `lax.scan` for any number of steps.
 
 A sampler is a pair of pure functions with an explicit carry. To add one, write a factory that
-returns a `Sampler` and name it in SAMPLERS.
+returns a `Sampler` and name it in SAMPLERS. A spacing says which noise levels it visits.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from cascade.diffusion.guidance import Denoise
 from cascade.diffusion.process import diffuse, picture_noise, posterior, predictions
 from cascade.diffusion.schedules import Schedule, alpha_sigma
 from cascade.errors import UserError
+
+# spacing(schedule, steps) -> logsnr [steps + 1], increasing: the levels that `sample` visits.
+Spacing = Callable[[Schedule, int], Array]
 
 
 class Sampler(NamedTuple):
@@ -113,15 +118,57 @@ def dpmpp_2m() -> Sampler:
 SAMPLERS = {"ddim": ddim, "ancestral": ancestral, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 
-def time_steps(schedule: Schedule, steps: int) -> Array:
-    """logsnr [steps + 1] at times spaced evenly from 1 down to 0.
+def uniform() -> Spacing:
+    """Times spaced evenly from 1 down to 0."""
 
-    Raises:
-      UserError: fewer than one step.
+    def spacing(schedule, steps):
+        _check_steps(steps)
+        return schedule(jnp.linspace(1.0, 0.0, steps + 1))
+
+    return spacing
+
+
+def leading(*, train_steps: int) -> Spacing:
+    """Timesteps 0, k, 2k, … of a discrete schedule, with k = train_steps // steps.
+
+    This and the next two are the rules of Lin et al. 2023, table 2. Of a model trained on
+    `train_steps` discrete times, timestep i is time (i + 1) / train_steps.
     """
-    if steps < 1:
-        raise UserError(f"Sampling was asked to take {steps} steps; give 1 or more.")
-    return schedule(jnp.linspace(1.0, 0.0, steps + 1))
+
+    def timesteps(steps):
+        return np.arange(steps) * (train_steps // steps)
+
+    return _discrete_spacing(train_steps, timesteps)
+
+
+def linspace(*, train_steps: int) -> Spacing:
+    """Timesteps from 0 to the last, spaced evenly and rounded. See `leading`."""
+    return _discrete_spacing(
+        train_steps, lambda steps: np.linspace(0, train_steps - 1, steps).round()
+    )
+
+
+def trailing(*, train_steps: int) -> Spacing:
+    """Timesteps from the last down, train_steps / steps apart and rounded. See `leading`."""
+
+    def timesteps(steps):
+        return np.arange(train_steps, 0, -train_steps / steps)[:steps][::-1].round() - 1
+
+    return _discrete_spacing(train_steps, timesteps)
+
+
+SPACINGS = {"uniform": uniform, "leading": leading, "linspace": linspace, "trailing": trailing}
+
+
+def _discrete_spacing(train_steps: int, timesteps: Callable[[int], np.ndarray]) -> Spacing:
+    """logsnr at ascending `timesteps(steps)`, put in descending order, and at time 0 after them."""
+
+    def spacing(schedule, steps):
+        _check_steps(steps, train_steps)
+        times = (timesteps(steps)[::-1] + 1) / train_steps
+        return schedule(jnp.asarray(np.append(times, 0.0), jnp.float32))
+
+    return spacing
 
 
 def integrate(sampler: Sampler, denoise: Denoise, z: Array, logsnrs: Array, keys: Array) -> Array:
@@ -150,12 +197,19 @@ def sample(sampler: Sampler, denoise: Denoise, z_1: Array, logsnrs: Array, keys:
 
     Args:
       z_1: [B, ...] noise, see `picture_noise`.
-      logsnrs: [N + 1], increasing from noise to clean, see `time_steps`. The clean end itself is
+      logsnrs: [N + 1], increasing from noise to clean, see SPACINGS. The clean end itself is
         never evaluated: from logsnrs[N - 1] the picture is x_hat.
       keys: [B] typed random keys, one per picture.
     """
     z_t = integrate(sampler, denoise, z_1, logsnrs[:-1], keys)
     return _denoise(denoise, z_t, logsnrs[-2]).x
+
+
+def _check_steps(steps: int, most: float = math.inf):
+    """Raises a UserError unless `steps` is from 1 to `most`."""
+    if not 1 <= steps <= most:
+        limits = "1 or more" if most == math.inf else f"1 to {most}, a schedule's timesteps"
+        raise UserError(f"Sampling was asked to take {steps} steps; give {limits}.")
 
 
 def _denoise(denoise, z, logsnr):

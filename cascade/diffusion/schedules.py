@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from cascade.errors import UserError
 
 Schedule = Callable[[Array], Array]
 LOGSNR_BOUND = 20.0
+BETAS = ("squaredcos_cap_v2", "linear")
 
 
 def alpha_sigma(logsnr: Array) -> tuple[Array, Array]:
@@ -104,6 +106,54 @@ def interpolated_cosine(
     return logsnr
 
 
+def discrete(*, betas: str, train_steps: int) -> Schedule:
+    """The schedule of a DDPM that was trained on `train_steps` discrete timesteps.
+
+    Timestep i is time (i + 1) / train_steps; logsnr is linear between timesteps, and 20 at t = 0.
+
+    Args:
+      betas: as `timestep_logsnrs`.
+
+    Raises:
+      UserError: as `timestep_logsnrs`.
+    """
+    levels = jnp.concatenate([jnp.array([LOGSNR_BOUND]), timestep_logsnrs(betas, train_steps)])
+
+    def logsnr(t):
+        return jnp.interp(t * train_steps, jnp.arange(train_steps + 1.0), levels)
+
+    return logsnr
+
+
+def timestep_logsnrs(betas: str, train_steps: int) -> np.ndarray:
+    """logsnr of each timestep of a discrete DDPM, decreasing, float32 [train_steps].
+
+    alpha_i² is the product of 1 - beta_j for j ≤ i; computed in float64, held to [-20, 20].
+
+    Args:
+      betas: "squaredcos_cap_v2": 1 - f(i + 1) / f(i), at most 0.999, with f(i) =
+        cos²(π/2 · (i / train_steps + 0.008) / 1.008) (Nichol & Dhariwal 2021, eq. 17);
+        "linear": from 1e-4 to 0.02 (Ho et al. 2020).
+      train_steps: how many timesteps.
+
+    Raises:
+      UserError: other betas, or fewer than two timesteps.
+    """
+    if betas not in BETAS:
+        raise UserError(f"Unknown betas {betas!r}; choose from {', '.join(BETAS)}.")
+    if train_steps < 2:
+        raise UserError(f"A schedule of {train_steps} timesteps is too short; give 2 or more.")
+    if betas == "linear":
+        steps = np.linspace(1e-4, 0.02, train_steps)
+    else:
+        angles = (np.arange(train_steps + 1) / train_steps + 0.008) / 1.008 * (math.pi / 2)
+        level = np.cos(angles) ** 2
+        steps = np.minimum(1.0 - level[1:] / level[:-1], 0.999)
+    log_signal = np.cumsum(np.log1p(-steps))  # log alpha²
+    logsnrs = log_signal - np.log(-np.expm1(log_signal))
+    return np.clip(logsnrs, -LOGSNR_BOUND, LOGSNR_BOUND).astype(np.float32)
+
+
 def _shift(base_resolution: int, resolution: int) -> float:
     if base_resolution < 1 or resolution < 1:
         raise UserError(
@@ -140,4 +190,5 @@ SCHEDULES = {
     "linear": linear,
     "shifted_cosine": shifted_cosine,
     "interpolated_cosine": interpolated_cosine,
+    "discrete": discrete,
 }

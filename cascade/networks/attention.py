@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cascade.networks.layers import GroupNorm, Style
+from cascade.networks.layers import EPSILON, GroupNorm, Style
+
+TEXT_GROUPS = 32  # of a group norm over text
 
 
 def attend(
@@ -49,8 +51,8 @@ class Attention(nn.Module):
     """Residual attention of pixels: over pixels, over text, or over both at once.
 
     With both, text joins as extra keys and values of self-attention (Imagen); with text alone it
-    is cross-attention. Pixels pass a group norm, text a layer norm. The output projection starts
-    at zero, so a new layer passes on its input.
+    is cross-attention. Pixels pass a group norm, text what `style.text_norm` says. The output
+    projection starts at zero, so a new layer passes on its input.
     """
 
     self_attention: bool
@@ -72,7 +74,7 @@ class Attention(nn.Module):
             q = nn.DenseGeneral(heads, dtype=dtype, name="q")(pixels)
         if self.text_attention:
             text_emb, mask = text
-            words = nn.LayerNorm(name="text_norm")(text_emb)
+            words = self._normed(text_emb)
             text_kv = nn.DenseGeneral((2, *heads), dtype=dtype, name="text_kv")(words)
             text_k, text_v = text_kv[:, :, 0], text_kv[:, :, 1]
             if self.self_attention:
@@ -85,6 +87,15 @@ class Attention(nn.Module):
         zeros = nn.initializers.zeros
         out = nn.DenseGeneral(c, (-2, -1), kernel_init=zeros, dtype=dtype, name="out")(out)
         return x + out.reshape(x.shape)
+
+    def _normed(self, text_emb: jax.Array) -> jax.Array:
+        """Text after its norm: over each token's channels, or over groups of channels of all."""
+        if self.style.text_norm == "layer":
+            return nn.LayerNorm(EPSILON, name="text_norm")(text_emb)
+        if self.style.text_norm == "group":
+            norm = GroupNorm(TEXT_GROUPS, jnp.float32, name="text_norm")
+            return norm(text_emb[:, :, None])[:, :, 0]
+        return text_emb
 
 
 class TextPool(nn.Module):
@@ -101,7 +112,7 @@ class TextPool(nn.Module):
     def __call__(self, text: tuple[jax.Array, jax.Array]) -> jax.Array:
         text_emb, mask = text
         width = text_emb.shape[-1]
-        words = nn.LayerNorm(name="norm_in")(text_emb)
+        words = nn.LayerNorm(EPSILON, name="norm_in")(text_emb)
         kept = mask[..., None]
         mean = (words * kept).sum(1, keepdims=True) / jnp.maximum(kept.sum(1, keepdims=True), 1)
         query = mean + self.param("query", nn.initializers.normal(width**-0.5), (width,))
@@ -111,4 +122,4 @@ class TextPool(nn.Module):
         q = nn.DenseGeneral(heads, name="q")(query)
         kv = nn.DenseGeneral((2, *heads), name="kv")(tokens)
         pooled = attend(q, kv[:, :, 0], kv[:, :, 1], mask, "xla").reshape(-1, width)
-        return nn.LayerNorm(name="norm_out")(nn.Dense(self.channels, name="out")(pooled))
+        return nn.LayerNorm(EPSILON, name="norm_out")(nn.Dense(self.channels, name="out")(pooled))

@@ -4,6 +4,7 @@ Pictures are [B, H, W, C]. Parameters are float32; `Style.dtype` is what activat
 Norms, their statistics and the embedding of logsnr are float32 whatever it says.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-ACTIVATIONS: dict[str, Callable] = {"silu": nn.silu, "gelu": nn.gelu}
+from cascade.diffusion.schedules import timestep_logsnrs
+
+TIMESTEPS = 1000  # of the schedules whose timesteps can be embedded
+# GELU by erf, as published U-Nets have it; the tanh approximation is 5e-4 off.
+ACTIVATIONS: dict[str, Callable] = {
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+}
+EPSILON = 1e-5  # added to every norm's variance
 
 
 class Style(NamedTuple):
@@ -24,7 +33,9 @@ class Style(NamedTuple):
       dropout: rate inside residual blocks.
       head_channels: channels of an attention head; divides the channels of levels that attend.
       attention_implementation: "auto", or as `jax.nn.dot_product_attention`: "xla", "cudnn".
+      text_norm: what text passes before it becomes keys and values: "layer", "group" or "none".
       skip_scale: factor on a skip connection before it is concatenated.
+      residual_scale: factor on the result of each residual block.
       dtype: of activations.
       deterministic: no dropout.
     """
@@ -34,7 +45,9 @@ class Style(NamedTuple):
     dropout: float
     head_channels: int
     attention_implementation: str
+    text_norm: str
     skip_scale: float
+    residual_scale: float
     dtype: jnp.dtype
     deterministic: bool
 
@@ -91,7 +104,7 @@ class GroupNorm(nn.Module):
         moments = jnp.stack([wide.mean((1, 2)), jnp.square(wide).mean((1, 2))])
         moments = moments.reshape(2, b, self.groups, -1).mean(-1, keepdims=True)
         mean, square = jnp.broadcast_to(moments, (2, b, self.groups, c // self.groups))
-        rstd = jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + 1e-5).reshape(b, c)
+        rstd = jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + EPSILON).reshape(b, c)
         factor = rstd * gamma
         offset = beta - mean.reshape(b, c) * factor
         if modulation is not None:
@@ -101,22 +114,34 @@ class GroupNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-class LogsnrEmbedding(nn.Module):
-    """Embeds logsnr [B] -> [B, channels]: sinusoids, then a two-layer perceptron, in float32.
+class NoiseEmbedding(nn.Module):
+    """Embeds noise levels [B] -> [B, channels]: sinusoids, then a two-layer perceptron, in float32.
 
-    The angles are `logsnr · f` with f geometric from 2π/80 (half a turn over [-20, 20], so no two
-    values look alike) to 2π (a turn a unit, about forty steps of a thousand-step schedule).
+    `scale` "logsnr": the angles are `logsnr · f` with f geometric from 2π/80 (half a turn over
+    [-20, 20], so no two values look alike) to 2π (a turn a unit, about forty steps of a
+    thousand-step schedule).
+
+    Else `scale` names the betas of a thousand-step DDPM schedule, and the angles are `i · 10000^-u`
+    with i the timestep, 0 … 999, of that logsnr and u from 0 to 1 (Vaswani et al. 2017; Ho et al.
+    2020). Between timesteps i is interpolated.
     """
 
+    scale: str
     features: int
     channels: int
     activation: str
 
     @nn.compact
     def __call__(self, logsnr: jax.Array) -> jax.Array:
-        periods = jnp.geomspace(80.0, 1.0, self.features // 2, dtype=jnp.float32)
-        angles = logsnr.astype(jnp.float32)[:, None] * (2 * math.pi / periods)
-        x = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+        logsnr, half = logsnr.astype(jnp.float32)[:, None], self.features // 2
+        if self.scale == "logsnr":
+            angles = logsnr * (2 * math.pi / jnp.geomspace(80.0, 1.0, half, dtype=jnp.float32))
+            x = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+        else:
+            table = timestep_logsnrs(self.scale, TIMESTEPS)[::-1]
+            i = jnp.interp(logsnr, table, jnp.arange(TIMESTEPS - 1.0, -1.0, -1.0))
+            angles = i * jnp.exp(-math.log(10_000) * jnp.arange(half) / half)
+            x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
         x = nn.Dense(self.channels, name="dense_in")(x)
         return nn.Dense(self.channels, name="dense_out")(ACTIVATIONS[self.activation](x))
 
@@ -124,9 +149,10 @@ class LogsnrEmbedding(nn.Module):
 class ResidualBlock(nn.Module):
     """BigGAN's residual block with scale-shift norm (Brock et al. 2019; Dhariwal & Nichol 2021).
 
-    `x + conv(dropout(act(norm(h) · (1 + scale) + shift)))` with `h = conv(act(norm(x)))` and scale,
-    shift a linear function of the embedding. `resize` acts before h's convolution and on x. The
-    last convolution starts at zero, so a new block passes on its input.
+    `x + conv(dropout(act(norm(h) · (1 + scale) + shift)))`, times `residual_scale`, with
+    `h = conv(act(norm(x)))` and scale, shift a linear function of the embedding. `resize` acts
+    before h's convolution and on x. The last convolution starts at zero, so a new block passes on
+    its input.
     """
 
     channels: int
@@ -147,7 +173,7 @@ class ResidualBlock(nn.Module):
         x = self.resize(x)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, dtype=style.dtype, name="shortcut")(x)
-        return x + h
+        return (x + h) * style.residual_scale
 
 
 class Downsample(nn.Module):

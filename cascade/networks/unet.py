@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from cascade.diffusion.schedules import BETAS
 from cascade.errors import UserError
-from cascade.networks.attention import TextPool
-from cascade.networks.layers import ACTIVATIONS, GroupNorm, LogsnrEmbedding, Style, conv3x3
+from cascade.networks.attention import TEXT_GROUPS, TextPool
+from cascade.networks.layers import ACTIVATIONS, GroupNorm, NoiseEmbedding, Style, conv3x3
 from cascade.networks.levels import Level
 
 RESAMPLINGS = ("block", "nearest", "shuffle")
+TEXT_NORMS = ("layer", "group", "none")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -33,8 +35,8 @@ class UNet(nn.Module):
 
     Imagen's base: `strides=(1, 2, 2, 2)`, `resampling="block"`, `entry_skips`, `middle`,
     `attention_per_block`. The Efficient U-Net: `strides=(2, 2, 2, 2)`, `resampling="shuffle"` or
-    "nearest", `skip_scale=2**-0.5`, and none of these three. Tuples have one item a level, the
-    finest first.
+    "nearest", `skip_scale=2**-0.5`, and none of these three. DeepFloyd IF differs in what
+    docs/deepfloyd.md lists. Tuples have one item a level, the finest first.
 
     Attributes:
       out_channels: of the output; twice the picture's where variance is learned.
@@ -47,14 +49,24 @@ class UNet(nn.Module):
         (repeat and convolve) or "shuffle" (convolve to more channels, turned into pixels) up.
       entry_skips: one more block a level on the way up, for the skip from what entered the level.
       skip_scale: factor on each skip connection.
-      middle: block, attention as the last level's, block, between the ways down and up.
+      residual_scale: factor on the result of each residual block.
+      middle: block, attention, block, between the ways down and up.
+      middle_attention: the middle's: over pixels, over text.
       self_attention: levels whose pixels attend to each other.
       text_attention: levels whose pixels attend to text; with self-attention, in one softmax.
       attention_per_block: attention after each block of its level, or only after the last.
       head_channels: channels of an attention head.
       attention_implementation: "auto", "xla" or "cudnn", for `jax.nn.dot_product_attention`.
       text_channels: width text is first projected to; 0 takes it as it comes.
+      text_norm: what text passes in each attention: "layer", "group" (over all tokens, in 32
+        groups of channels) or "none".
       pool_heads: heads of the attention that pools text for the embedding; 0 pools none.
+      pool_projected: it pools text after the projection to `text_channels`, not before.
+      noise_embedding: what is embedded of z_t's noise level, and of lowres': "logsnr", or its
+        timestep in a thousand-step DDPM schedule with the betas "squaredcos_cap_v2" or "linear".
+      embed_aug: super-resolution networks know the noise level of `lowres`.
+      embedding_channels: width of the embedding; 0 is 4 times the finest level's width.
+      embedding_activations: what the summed embedding passes, in order, on its way to the blocks.
       norm_groups: groups of every group norm.
       activation: "silu" or "gelu".
       dropout: rate inside residual blocks; its rng is named "dropout".
@@ -73,14 +85,22 @@ class UNet(nn.Module):
     resampling: str
     entry_skips: bool
     skip_scale: float
+    residual_scale: float
     middle: bool
+    middle_attention: tuple[bool, ...]
     self_attention: tuple[bool, ...]
     text_attention: tuple[bool, ...]
     attention_per_block: bool
     head_channels: int
     attention_implementation: str
     text_channels: int
+    text_norm: str
     pool_heads: int
+    pool_projected: bool
+    noise_embedding: str
+    embed_aug: bool
+    embedding_channels: int
+    embedding_activations: tuple[str, ...]
     norm_groups: int
     activation: str
     dropout: float
@@ -132,12 +152,14 @@ class UNet(nn.Module):
             self.dropout,
             self.head_channels,
             self.attention_implementation,
+            self.text_norm,
             self.skip_scale,
+            self.residual_scale,
             jnp.dtype(self.dtype),
             deterministic,
         )
-        text = self._text(cond)
-        emb = self._embedding(logsnr, cond, text)
+        states, text = self._text(cond)
+        emb = self._embedding(logsnr, cond, text if self.pool_projected else states)
         x = z_t
         if self.super_resolution:
             shape = (*z_t.shape[:3], cond["lowres"].shape[-1])
@@ -149,7 +171,7 @@ class UNet(nn.Module):
         )
         if below or right:
             x = jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)), "edge")
-        x = conv3x3(self.channels * self.channel_mults[0], style.dtype, "conv_in")(x)
+        x = conv3x3(self._width, style.dtype, "conv_in")(x)
         skips, levels = [], range(len(self.strides))
         for i in levels:
             x, made = self._level(i, style, "down")(x, (), emb, text)
@@ -162,34 +184,44 @@ class UNet(nn.Module):
         x = conv3x3(self.out_channels, jnp.float32, "conv_out", zero=True)(x)
         return x[:, :height, :width]
 
-    def _text(self, cond) -> tuple[jax.Array, jax.Array]:
-        """Text ready for attention, padding zeroed, at width `text_channels`."""
-        text_emb, text_mask = cond["text_emb"], cond["text_mask"].astype(bool)
-        text_emb = jnp.where(text_mask[..., None], text_emb, 0)
+    @property
+    def _width(self) -> int:
+        """Channels of the finest level."""
+        return self.channels * self.channel_mults[0]
+
+    def _text(self, cond) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+        """Text, padding zeroed, as it came and at width `text_channels`, each with its mask."""
+        states, text_mask = cond["text_emb"], cond["text_mask"].astype(bool)
+        states = text_emb = jnp.where(text_mask[..., None], states, 0)
         if self.text_channels:
-            text_emb = nn.Dense(self.text_channels, dtype=self.dtype, name="text_in")(text_emb)
-        return text_emb, text_mask
+            text_emb = nn.Dense(self.text_channels, dtype=self.dtype, name="text_in")(states)
+        return (states, text_mask), (text_emb, text_mask)
 
     def _embedding(self, logsnr, cond, text) -> jax.Array:
-        """The activated sum of what is known of the whole picture: [B, 4 · channels]."""
-        width = 4 * self.channels
+        """The activated sum of what is known of the whole picture: [B, embedding's width]."""
+        width = self.embedding_channels or 4 * self._width
 
         def embed(name, value):
-            return LogsnrEmbedding(self.channels, width, self.activation, name=name)(value)
+            embedding = NoiseEmbedding(
+                self.noise_embedding, self._width, width, self.activation, name=name
+            )
+            return embedding(value)
 
         emb = embed("logsnr_embedding", logsnr)
-        if self.super_resolution:
+        if self.super_resolution and self.embed_aug:
             emb += embed("aug_embedding", cond["aug_logsnr"])
         if self.pool_heads:
             emb += TextPool(width, self.pool_heads, name="text_pool")(text)
-        return ACTIVATIONS[self.activation](emb).astype(self.dtype)
+        for activation in self.embedding_activations:
+            emb = ACTIVATIONS[activation](emb)
+        return emb.astype(self.dtype)
 
     def _level(self, i: int, style: Style, way: str) -> Level:
         """Level i on the way "down" or "up", or the "middle", which works at the last level."""
         attention = (self.self_attention[i], self.text_attention[i])
         none = (False, False)
         if way == "middle":
-            attends = (attention, none)
+            attends = (self.middle_attention, none)
         else:
             count = self.num_blocks[i] + (way == "up" and self.entry_skips)
             before = attention if self.attention_per_block else none
@@ -219,20 +251,30 @@ class UNet(nn.Module):
         choices = {
             "resampling": RESAMPLINGS,
             "activation": tuple(ACTIVATIONS),
+            "embedding_activations": tuple(ACTIVATIONS),
+            "noise_embedding": ("logsnr", *BETAS),
+            "text_norm": TEXT_NORMS,
             "dtype": DTYPES,
             "attention_implementation": ("auto", "xla", "cudnn"),
         }
         for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
+            value = getattr(self, field)
+            if not set(value if isinstance(value, tuple) else (value,)) <= set(allowed):
                 raise UserError(
-                    f"The network's {field} is {getattr(self, field)!r}; "
-                    f"choose from {', '.join(allowed)}."
+                    f"The network's {field} is {value!r}; choose from {', '.join(allowed)}."
                 )
+        if len(self.middle_attention) != 2:
+            raise UserError(
+                f"The network's middle_attention is {self.middle_attention}; give two truth values,"
+                " over pixels and over text."
+            )
         if set(self.strides) - {1, 2}:
             raise UserError(f"The network's strides are {self.strides}; make each of them 1 or 2.")
         for i, mult in enumerate(self.channel_mults):
             width = self.channels * mult
             attends = self.self_attention[i] or self.text_attention[i]
+            if self.middle and i == levels - 1:
+                attends = attends or any(self.middle_attention)
             for field, used in (("norm_groups", True), ("head_channels", attends)):
                 if used and width % getattr(self, field):
                     raise UserError(
@@ -249,9 +291,16 @@ class UNet(nn.Module):
         for key in ("text_emb", "text_mask", *more):
             if key not in cond:
                 raise UserError(f"The condition {key!r} is missing; this network needs it.")
-        text_width = self.text_channels or cond["text_emb"].shape[-1]
-        if self.pool_heads and text_width % self.pool_heads:
+        states_width = cond["text_emb"].shape[-1]
+        text_width = self.text_channels or states_width
+        pooled_width = text_width if self.pool_projected else states_width
+        if self.pool_heads and pooled_width % self.pool_heads:
             raise UserError(
-                f"Text is {text_width} wide, not a multiple of the network's pool_heads "
-                f"{self.pool_heads}; change pool_heads."
+                f"The text to pool is {pooled_width} wide, not a multiple of the network's "
+                f"pool_heads {self.pool_heads}; change pool_heads."
+            )
+        if self.text_norm == "group" and text_width % TEXT_GROUPS:
+            raise UserError(
+                f"Text is {text_width} wide, not a multiple of the {TEXT_GROUPS} groups that "
+                "text_norm 'group' has; change text_channels."
             )

@@ -72,7 +72,7 @@ def errors(name, data, limits, all_steps, run=samplers.integrate):
     exact = exact_solution(data, z, schedule(1.0), end)
     draw = jax.jit(lambda levels: run(build(name), denoise, z, levels, keys))
     return np.array(
-        [np.abs(draw(samplers.time_steps(schedule, n)) - exact).max() for n in all_steps]
+        [np.abs(draw(samplers.uniform()(schedule, n)) - exact).max() for n in all_steps]
     )
 
 
@@ -102,7 +102,7 @@ def test_2m_beats_ddim_for_it_lands_on_x_hat(data):
 def test_float32_is_enough_for_a_whole_run(name):
     def draw(dtype):
         z = jnp.linspace(-2.5, 2.5, 41, dtype=dtype)[:, None]
-        levels = samplers.time_steps(schedules.cosine(**BOUNDS), 64)
+        levels = samplers.uniform()(schedules.cosine(**BOUNDS), 64)
         keys = picture_keys(len(z))
         return samplers.sample(build(name), exact_denoiser(MIXTURE), z, levels, keys)
 
@@ -124,7 +124,7 @@ def test_any_network_gives_finite_pictures(name, kind):
 
     keys = picture_keys(2)
     z_1 = process.picture_noise(keys, (4, 4, 3))
-    levels = samplers.time_steps(schedules.cosine(**BOUNDS), 5)
+    levels = samplers.uniform()(schedules.cosine(**BOUNDS), 5)
     pictures = jax.jit(lambda z: samplers.sample(build(name), denoise, z, levels, keys))(z_1)
     assert np.all(np.isfinite(pictures))
 
@@ -142,7 +142,7 @@ def test_the_last_step_lands_on_x_hat_after_the_expected_evaluations(name, steps
 
     keys = picture_keys(2)
     z_1 = process.picture_noise(keys, (4, 4, 3))
-    levels = samplers.time_steps(schedules.cosine(**BOUNDS), steps)
+    levels = samplers.uniform()(schedules.cosine(**BOUNDS), steps)
     result = samplers.sample(build(name), denoise, z_1, levels, keys)
     jax.effects_barrier()
     np.testing.assert_array_equal(result, picture)
@@ -155,7 +155,7 @@ def test_the_last_step_lands_on_x_hat_after_the_expected_evaluations(name, steps
 def test_a_picture_does_not_depend_on_its_batch(name):
     @jax.jit
     def draw(keys):
-        levels = samplers.time_steps(schedules.cosine(**BOUNDS), 6)
+        levels = samplers.uniform()(schedules.cosine(**BOUNDS), 6)
         z_1 = process.picture_noise(keys, (4, 4, 3))
         return samplers.sample(build(name), exact_denoiser(MIXTURE), z_1, levels, keys)
 
@@ -178,7 +178,7 @@ def test_a_known_picture_is_followed_exactly_in_any_number_of_steps(name):
 def test_2m_starts_as_ddim():
     keys = picture_keys(3)
     z_1 = process.picture_noise(keys, (4, 4, 3))
-    levels = samplers.time_steps(schedules.cosine(**BOUNDS), 8)[:2]
+    levels = samplers.uniform()(schedules.cosine(**BOUNDS), 8)[:2]
     one, other = (
         samplers.integrate(build(name), exact_denoiser(MIXTURE), z_1, levels, keys)
         for name in ("ddim", "dpmpp_2m")
@@ -226,7 +226,7 @@ FIVE_ERRORS = 5 * np.sqrt(2 / 2**16)
 @pytest.mark.parametrize(("gamma", "spread"), [(1.0, 1.0), (0.0, 1e-4)])
 def test_ancestral_keeps_the_variance_exactly_where_a_bound_is_right(gamma, spread, last):
     """The upper bound for unit noise and the lower for known data, in as few steps as you like."""
-    levels = samplers.time_steps(schedules.cosine(**BOUNDS), 12)[:last]
+    levels = samplers.uniform()(schedules.cosine(**BOUNDS), 12)[:last]
     variance, right = ancestral_variances(gamma, spread, levels)
     assert variance == pytest.approx(right, rel=FIVE_ERRORS)
     wrong, _ = ancestral_variances(1.0 - gamma, spread, levels)
@@ -235,20 +235,20 @@ def test_ancestral_keeps_the_variance_exactly_where_a_bound_is_right(gamma, spre
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 def test_ancestral_keeps_the_variance_of_any_gaussian_in_many_steps(gamma):
-    levels = samplers.time_steps(schedules.cosine(**BOUNDS), 400)[:200]
+    levels = samplers.uniform()(schedules.cosine(**BOUNDS), 400)[:200]
     variance, right = ancestral_variances(gamma, 0.5, levels)
     assert variance == pytest.approx(right, rel=FIVE_ERRORS)
 
 
 def test_a_learned_variance_goes_before_gamma():
-    levels = samplers.time_steps(schedules.cosine(**BOUNDS), 12)[:-3]
+    levels = samplers.uniform()(schedules.cosine(**BOUNDS), 12)[:-3]
     learned, _ = ancestral_variances(0.0, 1.0, levels, fraction=1.0)
     assert learned == ancestral_variances(1.0, 1.0, levels)[0]
 
 
 def test_levels_run_from_noise_to_clean():
     schedule = schedules.cosine(**BOUNDS)
-    levels = samplers.time_steps(schedule, 10)
+    levels = samplers.uniform()(schedule, 10)
     assert levels.shape == (11,)
     assert (float(levels[0]), float(levels[-1])) == (-20.0, 20.0)
     assert np.all(np.diff(levels) > 0)
@@ -258,7 +258,7 @@ def test_levels_run_from_noise_to_clean():
 def test_impossible_settings_are_refused():
     for steps in (0, -3):
         with pytest.raises(UserError, match="1 or more"):
-            samplers.time_steps(schedules.cosine(**BOUNDS), steps)
+            samplers.uniform()(schedules.cosine(**BOUNDS), steps)
     for gamma in (-0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match="0 to 1"):
             samplers.ancestral(gamma=gamma)

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cascade.diffusion.schedules import timestep_logsnrs
 from cascade.errors import UserError
 from cascade.networks import NETWORKS, UNet
 from cascade.networks.attention import attend
-from cascade.networks.layers import GroupNorm, LogsnrEmbedding, enlarge, pixel_shuffle, shrink
+from cascade.networks.layers import GroupNorm, NoiseEmbedding, enlarge, pixel_shuffle, shrink
 from cascade.registry import check
 
 BASE = {
@@ -26,14 +27,22 @@ BASE = {
     "resampling": "block",
     "entry_skips": True,
     "skip_scale": 1.0,
+    "residual_scale": 1.0,
     "middle": True,
+    "middle_attention": (True, True),
     "self_attention": (False, True),
     "text_attention": (False, True),
     "attention_per_block": True,
     "head_channels": 8,
     "attention_implementation": "auto",
     "text_channels": 0,
+    "text_norm": "layer",
     "pool_heads": 2,
+    "pool_projected": True,
+    "noise_embedding": "logsnr",
+    "embed_aug": True,
+    "embedding_channels": 0,
+    "embedding_activations": ("silu",),
     "norm_groups": 4,
     "activation": "silu",
     "dropout": 0.0,
@@ -305,13 +314,16 @@ def test_pictures_of_a_batch_are_independent():
     np.testing.assert_allclose(both[:1], one, rtol=1e-4, atol=1e-5)
 
 
-def test_logsnr_embedding_tells_all_of_its_range_apart():
+@pytest.mark.parametrize("scale", ["logsnr", "squaredcos_cap_v2", "linear"])
+def test_noise_embedding_tells_all_of_its_range_apart(scale):
     """Features keep unit scale on [-20, 20] and neighbours of a 1000-step schedule differ."""
     logsnr = jnp.linspace(-20, 20, 1001)
-    module = LogsnrEmbedding(32, 64, "silu")
+    if scale != "logsnr":
+        logsnr = timestep_logsnrs(scale, 1000)
+    module = NoiseEmbedding(scale, 32, 64, "silu")
     out, _ = jax.jit(module.init_with_output)(jax.random.key(0), logsnr)
     distance = np.linalg.norm(out[:, None] - out[None], axis=-1)
-    assert distance[~np.eye(1001, dtype=bool)].min() > 1e-2
+    assert distance[~np.eye(len(logsnr), dtype=bool)].min() > 1e-2
     assert 0.1 < out.std() < 2
 
 
