@@ -3,6 +3,8 @@
 import math
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,13 +43,18 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
 
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh):
     """Raises a UserError unless each slice of a global batch divides over processes and devices."""
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    shares = batch_shares(mesh)
     if batch_size % (microbatches * shares) or batch_size % jax.process_count():
         raise UserError(
             f"config.train.batch_size={batch_size} can't be split into {microbatches} microbatches "
             f"over {shares} devices (mesh data × fsdp); choose a multiple of "
             f"{microbatches * shares}."
         )
+
+
+def batch_shares(mesh: Mesh) -> int:
+    """Over how many devices a batch is split: data × fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -64,3 +71,15 @@ def put_batch(batch: dict, mesh: Mesh) -> dict:
     """Makes global arrays [B, ...] from each process's own numpy part of the batch."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def split_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A global array [B, ...] from a numpy one that every process holds whole."""
+    return jax.make_array_from_callback(array.shape, batch_sharding(mesh), array.__getitem__)
+
+
+def whole_on_host(array: jax.Array) -> np.ndarray:
+    """All of a global array as numpy, on every process; they call this together."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

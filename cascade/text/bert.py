@@ -1,5 +1,6 @@
 """A frozen BERT as text encoder; all-MiniLM-L6-v2 comes with the package."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from cascade.errors import UserError
 from cascade.networks.bert import from_published, params_from_tensors
+from cascade.parallel.mesh import replicated
 from cascade.text.interface import TextEncoder, Tokens, checked_text
 
 VENDORED = Path(__file__).parent / "minilm"
@@ -95,8 +98,8 @@ class BertEncoder(TextEncoder):
             tokens.mask[i, : len(kept)] = True
         return tokens
 
-    @cached_property
-    def _params(self) -> dict:
+    def _read_params(self) -> dict:
+        """The parameters as numpy arrays."""
         path = self._folder / "model.safetensors"
         try:
             tensors = load_file(path)
@@ -104,7 +107,16 @@ class BertEncoder(TextEncoder):
             raise UserError(
                 f"The text encoder's weights {str(path)!r} are damaged ({error}); fetch them again."
             ) from None
-        return jax.device_put(params_from_tensors(self._bert, tensors))
+        return params_from_tensors(self._bert, tensors)
+
+    @cached_property
+    def _params(self) -> dict:
+        return jax.device_put(self._read_params())
+
+    def place(self, mesh: Mesh):
+        """Puts a copy of the weights on every device of the mesh; see `TextEncoder.place`."""
+        copies = functools.partial(jax.make_array_from_process_local_data, replicated(mesh))
+        self._params = jax.tree.map(copies, self._read_params())
 
     @cached_property
     def _apply(self):

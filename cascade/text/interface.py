@@ -11,10 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cascade.errors import UserError
+from cascade.parallel.mesh import batch_shares, split_rows, whole_on_host
 
 log = logging.getLogger(__name__)
 
-ROWS = 16  # prompts embedded at once; fixed, so that only lengths make new shapes to compile
+ROWS = 16  # prompts embedded at once on a device; fixed: only lengths make shapes to compile
 
 
 class Tokens(NamedTuple):
@@ -71,6 +72,14 @@ class TextEncoder(abc.ABC):
         pickled copy forgets its place.
         """
 
+    def text_mask(self, mask):
+        """The `text_mask` of a condition, from the tokens' mask [B, L], numpy or jax.
+
+        They are the same, but for an encoder that hands on its states of padding too: its is True
+        everywhere. A prompt's True entries always come first.
+        """
+        return mask
+
     @abc.abstractmethod
     def save_tokenizer(self, folder: Path) -> list[str]:
         """Writes the tokenizer's files into an existing folder and returns their names."""
@@ -117,26 +126,36 @@ class TextEncoder(abc.ABC):
         text_emb = np.zeros((*tokens.ids.shape, self.width), np.float32)
         for rows, states in self.embed_in_batches(tokens):
             text_emb[rows, : states.shape[1]] = states
-        return text_emb, tokens.mask
+        return text_emb, self.text_mask(tokens.mask)
 
-    def embed_in_batches(self, tokens: Tokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def embed_in_batches(
+        self, tokens: Tokens, mesh: Mesh | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Embeds many prompts, those of like length together, in few distinct shapes.
 
         Every batch is `ROWS` prompts padded to one of a few lengths (`padded_lengths`), chosen by
         the prompt alone: few shapes to compile, and one result per prompt, whatever its mates.
 
+        Args:
+          tokens: of B prompts.
+          mesh: where the encoder was placed; each of the mesh's shares of a batch is then `ROWS`
+            prompts, and all processes call this together, with the same prompts.
+
         Yields:
           (rows [n] int, states [n, l, D] float32): which prompts, and their states.
         """
-        lengths = padded_lengths(tokens.mask.sum(axis=1), self.max_length)
+        together = ROWS * (batch_shares(mesh) if mesh else 1)
+        lengths = padded_lengths(self.text_mask(tokens.mask).sum(axis=1), self.max_length)
         for length in np.unique(lengths):
             alike = np.flatnonzero(lengths == length)
-            for start in range(0, len(alike), ROWS):
-                rows = alike[start : start + ROWS]
-                fill = ((0, ROWS - len(rows)), (0, 0))
+            for start in range(0, len(alike), together):
+                rows = alike[start : start + together]
+                fill = ((0, together - len(rows)), (0, 0))
                 ids = np.pad(tokens.ids[rows, :length], fill)
                 mask = np.pad(tokens.mask[rows, :length], fill)
-                yield rows, np.asarray(self.embed(ids, mask))[: len(rows)]
+                if mesh:
+                    ids, mask = split_rows(ids, mesh), split_rows(mask, mesh)
+                yield rows, whole_on_host(self.embed(ids, mask))[: len(rows)]
 
 
 def padded_lengths(counts: np.ndarray, max_length: int) -> np.ndarray:
