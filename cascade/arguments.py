@@ -1,6 +1,7 @@
 """What callers ask of a cascade, checked: prompts, whole numbers, one value for each stage."""
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -77,6 +78,20 @@ def sampler_section(sampler: str | Mapping) -> dict:
             if parameter.default is not parameter.empty:
                 section[key] = parameter.default
     return section
+
+
+def parsed_size(size: str | None) -> tuple[int, int] | None:
+    """(height, width) from "HEIGHTxWIDTH"; None from None.
+
+    Raises:
+      UserError: the text is something else.
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,6})[x×]([0-9]{1,6})", size)
+    if not match:
+        raise UserError(f"The size is {size!r}; give HEIGHTxWIDTH of the base picture, like 64x96.")
+    return int(match[1]), int(match[2])
 
 
 def stage_sizes(stages: Sequence[Stage], size: tuple[int, int] | None) -> list[tuple[int, int]]:

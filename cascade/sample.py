@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cascade.errors import UserError
+from cascade.arguments import parsed_size
 from cascade.images import check_png, check_writable, contact_sheet, read_image, save_png
 from cascade.pipeline import Cascade, load
 
@@ -52,7 +52,7 @@ def sample_to_folder(
       UserError: as `cascade.load` and `Cascade.__call__`, and then `out` is left alone; an `out`
         that can't be written is found before anything is drawn.
     """
-    base_size = _parsed_size(size)
+    base_size = parsed_size(size)
     pipe = load(folder)
     batches = pipe.draw_batches(
         prompts,
@@ -143,16 +143,6 @@ def upscale_to_file(
     check_writable(out.parent)
     (((enlarged,),),) = drawn  # the one picture of the one stage in the one batch
     return save_png(out, enlarged, _metadata(prompt, seed, first_index, settings))
-
-
-def _parsed_size(size: str | None) -> tuple[int, int] | None:
-    """(height, width) from "HEIGHTxWIDTH"."""
-    if size is None:
-        return None
-    match = re.fullmatch(r"([0-9]{1,6})[x×]([0-9]{1,6})", size)
-    if not match:
-        raise UserError(f"The size is {size!r}; give HEIGHTxWIDTH of the base picture, like 64x96.")
-    return int(match[1]), int(match[2])
 
 
 def _check_free(out: Path, names: Iterable[str]):

@@ -1,0 +1,84 @@
+"""What makes a cascade: `cascade demo`, `train`, `describe` and `bundle`."""
+
+import click
+
+from cascade.commands import CONFIG_COMMAND
+
+
+@click.command()
+@click.option("--workdir", default="runs/demo", show_default=True, help="Where everything goes.")
+@click.option(
+    "--minutes",
+    default=15.0,
+    show_default=True,
+    help="Training is scaled to take about this long on two CPU cores.",
+)
+def demo(workdir, minutes):
+    """Build a small emoji data set, train a two-stage cascade on it, draw, and write a report.
+
+    A second run resumes what was interrupted and reuses what is done.
+
+    Example: cascade demo --minutes 30
+    """
+    from cascade.demo import run
+
+    run(workdir, minutes=minutes)
+
+
+@click.command(context_settings=CONFIG_COMMAND)
+@click.option("--config", "spec", required=True, help="path/to/config.py[:arg]; :smoke is tiny.")
+@click.option("--workdir", required=True, help="The run's folder; resumes what is in it.")
+@click.pass_context
+def train(ctx, spec, workdir):
+    """Train one stage. Any setting can be changed: --config.train.steps=1000.
+
+    A run that is resumed may change its length, learning rate, intervals and mesh, but not what
+    would make it another run: seed, stage, text, data, batch and optimiser.
+
+    Example: cascade train --config configs/emoji/base64.py --workdir runs/base
+    """
+    from cascade import config
+    from cascade.training.train import train as run
+
+    run(config.load(spec, ctx.args), workdir)
+
+
+@click.command(context_settings=CONFIG_COMMAND)
+@click.option("--config", "spec", required=True, help="path/to/config.py[:arg].")
+@click.pass_context
+def describe(ctx, spec):
+    """Print a stage's parameters and FLOPs, level by level. Takes overrides as train does.
+
+    Example: cascade describe --config configs/emoji/base64.py
+    """
+    from cascade import config
+    from cascade.describe import describe as table
+    from cascade.stage import Stage
+
+    click.echo(table(Stage(config.load(spec, ctx.args).stage)))
+
+
+@click.command()
+@click.option("--stages", required=True, multiple=True, help="A run's folder; base first.")
+@click.argument("more", nargs=-1, metavar="[RUN]...")
+@click.option("--out", required=True, help="Folder of the bundle.")
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "bfloat16"]),
+    help="How weights are stored.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+def bundle(stages, more, out, dtype, overwrite):
+    """Put trained stages (their EMA weights) together into one folder to share and to draw with.
+
+    Example: cascade bundle --stages runs/base runs/sr256 --out my-bundle
+    """
+    from cascade.training.export import bundle_runs
+
+    bundle_runs([*stages, *more], out, dtype=dtype, overwrite=overwrite)
+    click.echo(f"Wrote {out}. Draw with: cascade sample --bundle {out} --prompt '...'")
+
+
+COMMANDS = (demo, train, describe, bundle)
