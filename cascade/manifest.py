@@ -33,10 +33,11 @@ def write(folder: Path, contents: Mapping[str, Any]):
 
 
 def file_entry(folder: Path, path: Path) -> dict:
-    """How cascade.json names a file of the folder."""
-    data = path.read_bytes()
+    """How cascade.json names a file of the folder; the file is read in pieces, however large."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     name = path.relative_to(folder).as_posix()
-    return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"name": name, "bytes": path.stat().st_size, "sha256": digest}
 
 
 def read(folder: Path) -> dict:
