@@ -110,6 +110,8 @@ def discrete(*, betas: str, train_steps: int) -> Schedule:
     """The schedule of a DDPM that was trained on `train_steps` discrete timesteps.
 
     Timestep i is time (i + 1) / train_steps; logsnr is linear between timesteps, and 20 at t = 0.
+    Times within a thousandth of a timestep are taken for it, since float32 can't name all exactly
+    and the cosine's last step is steep.
 
     Args:
       betas: as `timestep_logsnrs`.
@@ -120,7 +122,10 @@ def discrete(*, betas: str, train_steps: int) -> Schedule:
     levels = jnp.concatenate([jnp.array([LOGSNR_BOUND]), timestep_logsnrs(betas, train_steps)])
 
     def logsnr(t):
-        return jnp.interp(t * train_steps, jnp.arange(train_steps + 1.0), levels)
+        step = t * train_steps
+        off = jax.lax.stop_gradient(jnp.round(step) - step)
+        step += jnp.where(jnp.abs(off) < 1e-3, off, 0.0)
+        return jnp.interp(step, jnp.arange(train_steps + 1.0), levels)
 
     return logsnr
 

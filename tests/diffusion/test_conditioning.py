@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cascade.diffusion import schedules
-from cascade.diffusion.conditioning import augment_lowres, drop_text
+from cascade.diffusion.conditioning import augment_lowres, drop_text, upsample_lowres
 from cascade.errors import UserError
 
 COSINE = schedules.cosine(logsnr_min=-20.0, logsnr_max=20.0)
@@ -83,3 +83,17 @@ def test_levels_and_rates_outside_the_unit_interval_are_refused(value):
         augment_lowres(jax.random.key(0), LOWRES, COSINE, value)
     with pytest.raises(UserError, match="0 to 1"):
         drop_text(jax.random.key(0), jnp.ones((1, 1, 1)), jnp.ones((1, 1), bool), value)
+
+
+@pytest.mark.parametrize(("size", "grown"), [((4, 5), (9, 16)), ((1, 3), (4, 3)), ((6, 2), (6, 7))])
+def test_upsampling_keeps_corners_and_is_linear_between(size, grown):
+    lowres = np.random.default_rng(1).normal(size=(2, *size, 3)).astype(np.float32)
+    rows, columns = (np.linspace(0, a - 1, b) for a, b in zip(size, grown, strict=True))
+
+    def along(axis, at):
+        return lambda x: np.apply_along_axis(
+            lambda line: np.interp(at, np.arange(len(line)), line), axis, x
+        )
+
+    expected = along(2, columns)(along(1, rows)(lowres))
+    np.testing.assert_allclose(upsample_lowres(jnp.asarray(lowres), grown), expected, atol=1e-5)

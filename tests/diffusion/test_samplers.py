@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cascade import registry
 from cascade.diffusion import process, samplers, schedules
@@ -262,3 +264,33 @@ def test_impossible_settings_are_refused():
     for gamma in (-0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match="0 to 1"):
             samplers.ancestral(gamma=gamma)
+
+
+@given(st.sampled_from(["leading", "linspace", "trailing"]), st.integers(1, 1000))
+@settings(deadline=None)
+def test_discrete_spacings_visit_timesteps_in_order_and_end_clean(name, steps):
+    visited = []
+    spacing = samplers.SPACINGS[name](train_steps=1000)
+    levels = spacing(lambda t: visited.append(np.asarray(t, np.float64)) or -t, steps)
+    (times,) = visited
+    timesteps = times[:-1] * 1000 - 1
+    assert len(levels) == steps + 1 and times[-1] == 0
+    np.testing.assert_allclose(timesteps, timesteps.round(), atol=1e-3)
+    assert np.all(np.diff(timesteps) < -0.5) and timesteps[0] < 999.5 and timesteps[-1] > -0.5
+
+
+def test_discrete_spacings_as_their_table_has_them():
+    """Lin et al. 2023, table 2: 1000 timesteps, here in five steps."""
+    expected = {
+        "leading": [800, 600, 400, 200, 0],
+        "linspace": [999, 749, 500, 250, 0],
+        "trailing": [999, 799, 599, 399, 199],
+    }
+    for name, timesteps in expected.items():
+        levels = samplers.SPACINGS[name](train_steps=1000)(lambda t: t * 1000 - 1, 5)
+        np.testing.assert_allclose(levels[:-1], timesteps, atol=1e-3)
+
+
+def test_more_steps_than_timesteps_are_refused():
+    with pytest.raises(UserError, match="1 to 1000"):
+        samplers.leading(train_steps=1000)(schedules.cosine(**BOUNDS), 1001)

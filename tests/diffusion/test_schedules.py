@@ -1,5 +1,8 @@
 """Schedules: limits, direction, closed forms, and what shifting means."""
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +33,8 @@ SECTIONS = [
         "logsnr_min": -20.0,
         "logsnr_max": 20.0,
     },
+    {"name": "discrete", "betas": "squaredcos_cap_v2", "train_steps": 1000},
+    {"name": "discrete", "betas": "linear", "train_steps": 1000},
 ]
 
 
@@ -51,7 +56,7 @@ def test_decreases_within_the_bounds_and_differentiates(section):
     np.testing.assert_allclose(jax.jit(logsnr)(0.25), values[500], rtol=1e-5)
 
 
-@pytest.mark.parametrize("section", SECTIONS[:2] + SECTIONS[3:], ids=lambda s: s["name"])
+@pytest.mark.parametrize("section", SECTIONS[:2] + SECTIONS[3:5], ids=lambda s: s["name"])
 def test_cosines_reach_their_limits(section):
     logsnr = build(section)
     np.testing.assert_allclose(logsnr(jnp.array(0.0)), section["logsnr_max"], rtol=1e-6)
@@ -123,3 +128,33 @@ def test_alpha_and_sigma_lie_on_the_circle_with_their_ratio_kept(logsnr):
 def test_impossible_schedules_are_refused(section):
     with pytest.raises(UserError, match=r"give|swap"):
         build(section)
+
+
+@pytest.mark.parametrize("betas", schedules.BETAS)
+def test_timesteps_are_the_products_of_what_ddpm_defines(betas):
+    if betas == "linear":
+        steps = np.linspace(1e-4, 0.02, 1000)
+    else:
+        signal = [math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(1001)]
+        steps = np.array([min(1 - b / a, 0.999) for a, b in itertools.pairwise(signal)])
+    signal = np.cumprod(1.0 - steps)
+    table = schedules.timestep_logsnrs(betas, 1000)
+    np.testing.assert_allclose(table, np.log(signal / (1 - signal)), rtol=1e-6, atol=1e-6)
+    logsnr = schedules.discrete(betas=betas, train_steps=1000)
+    np.testing.assert_array_equal(logsnr(jnp.arange(1, 1001) / 1000), table)
+
+
+def test_discrete_cosine_follows_the_continuous_one():
+    """alpha² = f(t) / f(0), f(t) = cos²(π/2 (t + 0.008) / 1.008), where betas aren't capped."""
+    t = jnp.linspace(0.1, 0.9, 50)
+    discrete = schedules.discrete(betas="squaredcos_cap_v2", train_steps=1000)(t)
+    signal = np.cos((np.append(t, 0.0) + 0.008) / 1.008 * np.pi / 2) ** 2
+    signal = signal[:-1] / signal[-1]
+    np.testing.assert_allclose(discrete, np.log(signal / (1 - signal)), atol=1e-3)
+
+
+def test_impossible_timesteps_are_refused():
+    with pytest.raises(UserError, match="squaredcos_cap_v2, linear"):
+        schedules.discrete(betas="sigmoid", train_steps=1000)
+    with pytest.raises(UserError, match="2 or more"):
+        schedules.discrete(betas="linear", train_steps=1)
