@@ -53,6 +53,7 @@ def fixed_network(dtype: str) -> UNet:
         num_blocks=(2, 2, 2, 2),
         strides=(1, 2, 2, 2),
         resampling="block",
+        skips="block",
         entry_skips=True,
         skip_scale=1.0,
         residual_scale=1.0,

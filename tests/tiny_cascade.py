@@ -67,6 +67,7 @@ def stage_config(resolution: int, lowres: int, **changes) -> ConfigDict:
             "num_blocks": (1,),
             "strides": (2,),
             "resampling": "shuffle",
+            "skips": "block",
             "entry_skips": False,
             "skip_scale": 1.0,
             "residual_scale": 1.0,

@@ -38,7 +38,7 @@ class Level(nn.Module):
     Attributes:
       channels: of every block.
       attention: for each block, (over pixels, over text).
-      up: the way: up takes a skip a block and resamples last, down resamples first.
+      up: the way: up takes skips, for its first blocks, and resamples last; down resamples first.
       stride: between this level and the next finer one; 1 resamples nothing.
       outer_channels: of the next finer level.
       resampling, remat, scan_blocks: as `UNet`'s.
@@ -80,7 +80,7 @@ class Level(nn.Module):
             return [range(j, j + 1) for j in range(count)]
 
         def shape(j: int):
-            skip = skips[j].shape[-1] if skips else 0
+            skip = skips[j].shape[-1] if j < len(skips) else 0
             return x.shape[-1] if j == 0 else self.channels, skip, self.attention[j]
 
         runs = [list(run) for _, run in groupby(range(count), shape)]

@@ -26,6 +26,7 @@ from cascade.networks.layers import ACTIVATIONS, GroupNorm, NoiseEmbedding, Styl
 from cascade.networks.levels import Level
 
 RESAMPLINGS = ("block", "nearest", "shuffle")
+SKIPS = ("block", "level")
 TEXT_NORMS = ("layer", "group", "none")
 DTYPES = ("float32", "bfloat16")
 
@@ -33,10 +34,10 @@ DTYPES = ("float32", "bfloat16")
 class UNet(nn.Module):
     """Predicts from a noisy picture, its logsnr and its conditions (Saharia et al. 2022).
 
-    Imagen's base: `strides=(1, 2, 2, 2)`, `resampling="block"`, `entry_skips`, `middle`,
-    `attention_per_block`. The Efficient U-Net: `strides=(2, 2, 2, 2)`, `resampling="shuffle"` or
-    "nearest", `skip_scale=2**-0.5`, and none of these three. DeepFloyd IF differs in what
-    docs/deepfloyd.md lists. Tuples have one item a level, the finest first.
+    Imagen's base: `strides=(1, 2, 2, 2)`, `resampling="block"`, `skips="block"`, `entry_skips`,
+    `middle`, `attention_per_block`. The Efficient U-Net: `strides=(2, 2, 2, 2)`,
+    `resampling="shuffle"` or "nearest", `skips="level"`, and none of these three. DeepFloyd IF
+    differs in what docs/deepfloyd.md lists. Tuples have one item a level, the finest first.
 
     Attributes:
       out_channels: of the output; twice the picture's where variance is learned.
@@ -47,6 +48,8 @@ class UNet(nn.Module):
       strides: how many times smaller each level is than the one before; the first, than z_t.
       resampling: "block" (BigGAN's up and down blocks), or strided convolution down and "nearest"
         (repeat and convolve) or "shuffle" (convolve to more channels, turned into pixels) up.
+      skips: what the way up is given of each level: every "block"'s result, one for each block, or
+        the "level"'s result alone, for its first block.
       entry_skips: one more block a level on the way up, for the skip from what entered the level.
       skip_scale: factor on each skip connection.
       residual_scale: factor on the result of each residual block.
@@ -83,6 +86,7 @@ class UNet(nn.Module):
     num_blocks: tuple[int, ...]
     strides: tuple[int, ...]
     resampling: str
+    skips: str
     entry_skips: bool
     skip_scale: float
     residual_scale: float
@@ -175,7 +179,7 @@ class UNet(nn.Module):
         skips, levels = [], range(len(self.strides))
         for i in levels:
             x, made = self._level(i, style, "down")(x, (), emb, text)
-            skips.append(made if self.entry_skips else made[1:])
+            skips.append([x] if self.skips == "level" else made[not self.entry_skips :])
         if self.middle:
             x, _ = self._level(levels[-1], style, "middle")(x, (), emb, text)
         for i in reversed(levels):
@@ -250,6 +254,7 @@ class UNet(nn.Module):
                 )
         choices = {
             "resampling": RESAMPLINGS,
+            "skips": SKIPS,
             "activation": tuple(ACTIVATIONS),
             "embedding_activations": tuple(ACTIVATIONS),
             "noise_embedding": ("logsnr", *BETAS),
@@ -263,6 +268,11 @@ class UNet(nn.Module):
                 raise UserError(
                     f"The network's {field} is {value!r}; choose from {', '.join(allowed)}."
                 )
+        if self.entry_skips and self.skips == "level":
+            raise UserError(
+                "The network's entry_skips is set but skips is 'level'; set entry_skips to False, "
+                "or skips to 'block'."
+            )
         if len(self.middle_attention) != 2:
             raise UserError(
                 f"The network's middle_attention is {self.middle_attention}; give two truth values,"

@@ -30,6 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "num_blocks": (2, 2, 2, 2),
             "strides": (1, 2, 2, 2),
             "resampling": "block",
+            "skips": "block",
             "entry_skips": True,
             "skip_scale": 1.0,
             "residual_scale": 1.0,

@@ -25,6 +25,7 @@ BASE = {
     "num_blocks": (1, 2),
     "strides": (1, 2),
     "resampling": "block",
+    "skips": "block",
     "entry_skips": True,
     "skip_scale": 1.0,
     "residual_scale": 1.0,
