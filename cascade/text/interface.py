@@ -41,11 +41,14 @@ class TextEncoder(abc.ABC):
       name: its key in `ENCODERS`.
       width: D, the size of a state.
       max_length: L, tokens read of a prompt.
+      keep_padding: the states at padding, which the encoder computes by attending to the tokens,
+        are handed on too, as DeepFloyd IF's stages were trained; see `stage_mask`.
     """
 
     name: str
     width: int
     max_length: int
+    keep_padding: bool = False
 
     @property
     @abc.abstractmethod
@@ -62,7 +65,21 @@ class TextEncoder(abc.ABC):
 
     @abc.abstractmethod
     def embed(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """States [B, l, D] float32 of tokens [B, l], any l ≤ L; zero where the mask is False."""
+        """States [B, l, D] float32 of tokens [B, l], any l ≤ L; zero outside `stage_mask(mask)`."""
+
+    def stage_mask(self, mask: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+        """The positions that stages attend to, [B, l] bool, of a mask of tokens [B, l].
+
+        They are the tokens; or, with `keep_padding`, all positions of a row that has a token.
+        """
+        return mask | mask.any(-1, keepdims=True) if self.keep_padding else mask
+
+    def save_weights(self, folder: Path) -> list[str]:
+        """Writes into a folder what the factory's `weights` can name later, and returns its names.
+
+        An encoder that comes with the package, and so doesn't override this, writes nothing.
+        """
+        return []
 
     def place(self, mesh: Mesh):  # noqa: B027  (an encoder small enough has nothing to do)
         """Lays the weights over a mesh's `fsdp` and `tensor` axes; call it before embedding.
@@ -98,7 +115,7 @@ class TextEncoder(abc.ABC):
           what: what a warning calls one of them.
 
         Returns:
-          text_emb [B, L, D] float32, zero at padding, and text_mask [B, L] bool.
+          text_emb [B, L, D] float32 and text_mask [B, L] bool, outside of which it is zero.
 
         Raises:
           UserError: as `tokenize`; or the prompts are one bare string.
