@@ -41,14 +41,11 @@ class TextEncoder(abc.ABC):
       name: its key in `ENCODERS`.
       width: D, the size of a state.
       max_length: L, tokens read of a prompt.
-      keep_padding: the states at padding, which the encoder computes by attending to the tokens,
-        are handed on too, as DeepFloyd IF's stages were trained; see `stage_mask`.
     """
 
     name: str
     width: int
     max_length: int
-    keep_padding: bool = False
 
     @property
     @abc.abstractmethod
@@ -65,21 +62,7 @@ class TextEncoder(abc.ABC):
 
     @abc.abstractmethod
     def embed(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """States [B, l, D] float32 of tokens [B, l], any l ≤ L; zero outside `stage_mask(mask)`."""
-
-    def stage_mask(self, mask: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-        """The positions that stages attend to, [B, l] bool, of a mask of tokens [B, l].
-
-        They are the tokens; or, with `keep_padding`, all positions of a row that has a token.
-        """
-        return mask | mask.any(-1, keepdims=True) if self.keep_padding else mask
-
-    def save_weights(self, folder: Path) -> list[str]:
-        """Writes into a folder what the factory's `weights` can name later, and returns its names.
-
-        An encoder that comes with the package, and so doesn't override this, writes nothing.
-        """
-        return []
+        """States [B, l, D] float32 of tokens [B, l], any l ≤ L; zero outside `text_mask(mask)`."""
 
     def place(self, mesh: Mesh):  # noqa: B027  (an encoder small enough has nothing to do)
         """Lays the weights over a mesh's `fsdp` and `tensor` axes; call it before embedding.
@@ -89,17 +72,24 @@ class TextEncoder(abc.ABC):
         pickled copy forgets its place.
         """
 
-    def text_mask(self, mask):
-        """The `text_mask` of a condition, from the tokens' mask [B, L], numpy or jax.
+    def text_mask(self, mask: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+        """The `text_mask` of a condition, [B, l] bool, from the tokens' mask [B, l].
 
         They are the same, but for an encoder that hands on its states of padding too: its is True
-        everywhere. A prompt's True entries always come first.
+        everywhere in a row that has a token. A prompt's True entries always come first.
         """
         return mask
 
     @abc.abstractmethod
     def save_tokenizer(self, folder: Path) -> list[str]:
         """Writes the tokenizer's files into an existing folder and returns their names."""
+
+    def save_weights(self, folder: Path) -> list[str]:
+        """Writes into a folder what the factory's `weights` can name later, and returns its names.
+
+        An encoder that comes with the package, and so doesn't override this, writes nothing.
+        """
+        return []
 
     @abc.abstractmethod
     def null(self) -> tuple[np.ndarray, np.ndarray]:
