@@ -237,7 +237,7 @@ def resolve(source: str | Path) -> Path:
         isn't installed.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if str(source) and folder.is_dir():
         return folder
     if not HUB_ID.fullmatch(str(source)):
         raise UserError(
