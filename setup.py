@@ -20,6 +20,7 @@ REQUIRES = [
     "tensorboardX>=2.6",  # writes TensorBoard files without TensorFlow
     "pillow>=10.3",  # reads and writes pictures
     "safetensors>=0.4.5",  # weight files that hold no code
+    "flatbuffers>=23.5",  # jax.export serialises programs with it, without requiring it
     "tokenizers>=0.20",  # WordPiece, as the text encoder was trained with
     "sentencepiece>=0.2",  # T5's tokens, from its genuine vocabulary
     "ml_dtypes>=0.4",  # NumPy's bfloat16, for reading weights that are stored so
