@@ -33,7 +33,7 @@ class TrainedStage(NamedTuple):
 
     stage: Stage
     params: Any  # the tree that `stage.init` makes, EMA weights
-    trained_steps: int
+    trained_steps: int | None  # None: others trained it, and don't say for how long
 
 
 class Bundle(NamedTuple):
@@ -54,7 +54,7 @@ def check_fit(stages: Sequence[TrainedStage], text_encoder: TextEncoder):
         raise UserError("A cascade needs at least one stage; give a trained base stage.")
     for i, (stage, _, trained_steps) in enumerate(stages):
         config = stage.config
-        if trained_steps <= 0:
+        if trained_steps is not None and trained_steps <= 0:
             raise UserError(
                 f"Stage {i} ({config.resolution}×{config.resolution}) is untrained and would draw "
                 "static; train it first with `cascade train`."
@@ -136,7 +136,7 @@ def _save_stage(folder: Path, index: int, trained: TrainedStage, dtype: str, lim
     check_shapes(where, dict(named(trained.params)), _template(trained.stage))
     paths = write_shards(folder, f"stage{index}", trained.params, dtype, limit)
     return {
-        "trained_steps": int(trained.trained_steps),
+        "trained_steps": trained.trained_steps and int(trained.trained_steps),
         "dtype": dtype,
         "files": [manifest.file_entry(folder, path) for path in paths],
         "config": to_json(trained.stage.config),
@@ -185,8 +185,8 @@ def _build_encoder(section: Mapping[str, Any]) -> TextEncoder:
 def _load_stage(folder: Path, index: int, entry: Any) -> TrainedStage:
     """Reads one stage: its config makes the network, and the network says what to expect."""
     where = f"stage {index}"
-    types = {"trained_steps": int, "dtype": str, "files": list, "config": dict}
-    manifest.fields(where, entry, types)
+    types = {"dtype": str, "files": list, "config": dict}
+    manifest.fields(where, entry, {"trained_steps": (int, type(None)), **types})
     if entry["dtype"] not in DTYPES:
         raise UserError(f"{where} has dtype {entry['dtype'][:40]!r}; float32 or bfloat16 is known.")
     try:

@@ -81,8 +81,8 @@ def _refuse_constant(name: str):
     raise ValueError(f"{name} isn't JSON")
 
 
-def fields(where: str, value: Any, types: Mapping[str, type]) -> dict:
-    """The value, if it is a JSON object with exactly these keys, each of its type.
+def fields(where: str, value: Any, types: Mapping[str, type | tuple[type, ...]]) -> dict:
+    """The value, if it is a JSON object with exactly these keys, each of its type or types.
 
     Raises:
       UserError: naming `where` in cascade.json it isn't.
@@ -94,10 +94,12 @@ def fields(where: str, value: Any, types: Mapping[str, type]) -> dict:
             "write the bundle again with `cascade bundle`."
         )
     for key, expected in types.items():
-        if type(value[key]) is not expected:
+        kinds = expected if isinstance(expected, tuple) else (expected,)
+        if type(value[key]) not in kinds:
+            needed = " or ".join(kind.__name__ for kind in kinds)
             raise UserError(
-                f"The bundle's {where} has {key} = {str(value[key])[:40]!r}, where "
-                f"{expected.__name__} is needed; write the bundle again with `cascade bundle`."
+                f"The bundle's {where} has {key} = {str(value[key])[:40]!r}, where {needed} is "
+                "needed; write the bundle again with `cascade bundle`."
             )
     return value
 

@@ -85,7 +85,7 @@ def describe_stage(index: int, trained: TrainedStage) -> dict[str, Any]:
     """What a file of weights, and a manifest, say of a stage: index, training length, config."""
     return {
         "stage": index,
-        "trained_steps": int(trained.trained_steps),
+        "trained_steps": trained.trained_steps,
         "config": to_json(trained.stage.config),
     }
 
