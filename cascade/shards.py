@@ -9,7 +9,7 @@ dtype, what the network asks for.
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def write_shards(folder: Path, stem: str, params: Any, dtype: str, shard_bytes: 
     """Writes `stem-00001.safetensors`, …, each of at most `shard_bytes`.
 
     Args:
-      params: a tree of arrays.
+      params: a tree of arrays, or of what NumPy can make arrays of, one at a time.
       dtype: a key of `DTYPES`; values are rounded to it.
 
     Raises:
@@ -42,21 +42,27 @@ def write_shards(folder: Path, stem: str, params: Any, dtype: str, shard_bytes: 
         raise UserError(
             f"Shards of {shard_bytes} bytes can't hold weights; give {LEAST_SHARD_BYTES} or more."
         )
-    shards, room = [], 0
+    paths = []
+    for i, shard in enumerate(_shards(stem, params, DTYPES[dtype][1], shard_bytes)):
+        paths.append(folder / f"{stem}-{i + 1:05d}.safetensors")
+        write_durably(paths[-1], to_safetensors(shard))
+    return paths
+
+
+def _shards(stem: str, params: Any, dtype: np.dtype, most: int) -> Iterator[dict[str, np.ndarray]]:
+    """Each file's tensors, one file after another, so that no more than that is in memory."""
+    shard, room = {}, most
     for path, leaf in named(params):
-        tensor = np.asarray(leaf, dtype=DTYPES[dtype][1], order="C")
+        tensor = np.asarray(leaf, dtype=dtype, order="C")
         check_finite(stem, path, tensor)
-        for name, piece in _pieces(path, tensor, shard_bytes):
+        for name, piece in _pieces(path, tensor, most):
             size = piece.nbytes + len(name) + HEADER
             if size > room:
-                shards.append({})
-                room = shard_bytes
-            shards[-1][name] = piece
+                yield shard
+                shard, room = {}, most
+            shard[name] = piece
             room -= size
-    paths = [folder / f"{stem}-{i + 1:05d}.safetensors" for i in range(len(shards))]
-    for path, shard in zip(paths, shards, strict=True):
-        write_durably(path, to_safetensors(shard))
-    return paths
+    yield shard
 
 
 def _pieces(name: str, tensor: np.ndarray, shard_bytes: int) -> list[tuple[str, np.ndarray]]:
