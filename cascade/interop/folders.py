@@ -9,8 +9,10 @@ folder is opened, whatever an index or a link in it says.
 """
 
 import json
+import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cascade.errors import UserError
+from cascade.files import write_whole
 
 # The first that a folder has is taken.
 WEIGHT_FILES = tuple(
@@ -36,6 +39,8 @@ SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ("*.json", "*.safetensors", "*spiece.model")
 HUB_VARIANTS = ("*.fp16*", "*non_ema*")  # the same weights again
+PIECE_BYTES = 16_000_000  # what copying takes of the host's memory
+SHARD_BYTES = 4_000_000_000  # usual for models of many gigabytes
 DESCRIPTION_BYTES = 16_000_000  # an index of a huge model takes a few megabytes
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -260,3 +265,74 @@ def resolve(source: str | Path) -> Path:
             f"There is no folder {str(source)!r}, and it couldn't be fetched from the hub"
             f" ({reason.rstrip('.')}); check the name and the network, or give a folder."
         ) from error
+
+
+def rows(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """Parts of a tensor, one after another along its first axis, of about `PIECE_BYTES` each."""
+    if not shape:
+        yield ()
+        return
+    rest = tuple(slice(0, n) for n in shape[1:])
+    step = max(PIECE_BYTES // max(math.prod(shape[1:]) * itemsize, 1), 1)
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0])), *rest
+
+
+def write_weights(
+    folder: Path,
+    stem: str,
+    specs: Mapping[str, Any],
+    read: Callable[[str, tuple[slice, ...]], np.ndarray],
+    shard_bytes: int = SHARD_BYTES,
+) -> list[str]:
+    """Writes tensors as `open_weights` and everybody else reads them, piece by piece.
+
+    Args:
+      folder: an existing one, which nobody reads yet.
+      stem: "model" or "diffusion_pytorch_model".
+      specs: tensor name → anything with `shape` and `dtype`.
+      read: gives a part of a tensor, as `Weights.read`; all of it with ().
+      shard_bytes: what a file holds at most, but for a single tensor that is larger.
+
+    Returns:
+      The names of the files: one, or shards and their index.
+    """
+    sizes = {name: math.prod(spec.shape) * spec.dtype.itemsize for name, spec in specs.items()}
+    shards, room = [], 0
+    for name, size in sizes.items():
+        if not shards or size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    count = len(shards)
+    files = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    files = files if count > 1 else [f"{stem}.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        _write_file(folder / file, {name: specs[name] for name in names}, read)
+    if count == 1:
+        return files
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    write_whole(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=1))
+    return [*files, f"{stem}.safetensors.index.json"]
+
+
+def _write_file(path: Path, specs: Mapping[str, Any], read):
+    """One safetensors file: the header's length in 8 bytes, the header, the tensors in a row."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # without it transformers refuses the file
+    for name, spec in specs.items():
+        start, end = end, end + math.prod(spec.shape) * spec.dtype.itemsize
+        code = codes[np.dtype(spec.dtype)]
+        header[name] = {"dtype": code, "shape": list(spec.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, spec in specs.items():
+            for part in rows(spec.shape, spec.dtype.itemsize):
+                piece = np.ascontiguousarray(read(name, part), spec.dtype)
+                file.write(piece.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())

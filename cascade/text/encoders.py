@@ -2,7 +2,8 @@
 
 from cascade.text.bert import minilm
 from cascade.text.interface import TextEncoder, Tokens
+from cascade.text.t5 import t5
 
-__all__ = ["ENCODERS", "TextEncoder", "Tokens", "minilm"]
+__all__ = ["ENCODERS", "TextEncoder", "Tokens", "minilm", "t5"]
 
-ENCODERS = {"minilm": minilm}
+ENCODERS = {"minilm": minilm, "t5": t5}
