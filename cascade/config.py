@@ -206,6 +206,11 @@ def check_sampling(sampling: Mapping, where: str = "sampling"):
             f"{where}.guidance_interval is {interval}; give two numbers (low, high) in logsnr, "
             "or ()."
         )
+    if 0 < sampling["tile"] <= sampling["tile_overlap"]:
+        raise UserError(
+            f"{where}.tile_overlap is {sampling['tile_overlap']}; give less than "
+            f"tile={sampling['tile']}."
+        )
 
 
 def to_json(section) -> dict:

@@ -30,6 +30,8 @@ SAMPLING = {
     "rescale": float,
     "threshold": Part("threshold", THRESHOLDS),
     "aug_level": float,
+    "tile": int,  # pixels a side; 0: the whole picture at once
+    "tile_overlap": int,
 }
 
 STAGE = {
@@ -115,6 +117,8 @@ SAMPLING_RANGES = {
     "guidance": FINITE,
     "rescale": between(0, 1),
     "aug_level": between(0, 1),
+    "tile": at_least(0),
+    "tile_overlap": at_least(0),
 }
 
 STAGE_RANGES = {

@@ -13,7 +13,7 @@ from ml_collections import FrozenConfigDict
 
 from cascade import config as configs
 from cascade import registry
-from cascade.diffusion import conditioning, guidance, losses, process, samplers
+from cascade.diffusion import conditioning, guidance, losses, process, samplers, tiling
 from cascade.diffusion.schedules import SCHEDULES
 from cascade.errors import UserError
 from cascade.networks import NETWORKS, cost
@@ -163,7 +163,7 @@ class Stage:
         return FrozenConfigDict(merged)
 
     def denoiser(self, params, cond, null_cond, settings, guidance_weight):
-        """denoise(z_t, logsnr) -> Denoised: threshold ∘ guide ∘ to_x ∘ predict.
+        """denoise(z_t, logsnr) -> Denoised: threshold ∘ guide ∘ to_x ∘ tile ∘ predict.
 
         Args:
           cond, null_cond: conditions of B pictures; the second is what guidance leads away from.
@@ -173,6 +173,8 @@ class Stage:
         def predict(z_t, logsnr, cond):
             return self.network.apply({"params": params}, z_t, logsnr, cond)
 
+        if settings.tile:
+            predict = tiling.tiled(predict, settings.tile, settings.tile_overlap)
         guided = guidance.guide(
             guidance.denoiser(predict, self.config.output),
             cond,

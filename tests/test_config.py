@@ -141,6 +141,8 @@ OUTSIDE = {
     "stage.sampling.guidance": [math.nan, math.inf],
     "stage.sampling.rescale": [-0.1, 1.1, math.nan],
     "stage.sampling.aug_level": [-0.1, 1.1, math.nan],
+    "stage.sampling.tile": [-64],
+    "stage.sampling.tile_overlap": [-16],
     "data.workers": [-1],
     "data.max_broken_rate": [-0.1, 1.1, math.nan],
     "data.filter.min_side": [-1],

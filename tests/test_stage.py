@@ -118,6 +118,18 @@ def test_a_super_resolution_stage_reads_its_input_and_its_level():
     np.testing.assert_allclose(drowned, sampled(stage, params, -low, aug_level=1.0), atol=2e-2)
 
 
+def test_tiles_draw_what_the_whole_does_where_one_suffices():
+    stage, params, _ = trained(stage_config(16, 8))
+    low = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+    whole = sampled(stage, params, low)
+    np.testing.assert_array_equal(sampled(stage, params, low, tile=16, tile_overlap=4), whole)
+    tiled = sampled(stage, params, low, tile=8, tile_overlap=4)
+    assert tiled.shape == whole.shape and np.isfinite(tiled).all()
+    assert not np.array_equal(tiled, whole)
+    with pytest.raises(UserError, match="tile is 7, not a multiple of 2"):
+        sampled(stage, params, low, tile=7, tile_overlap=2)
+
+
 def test_augmentation_is_drawn_for_each_example(monkeypatch):
     stage, params, _ = trained(stage_config(16, 8))
     seen = {}
@@ -139,7 +151,14 @@ def test_sizes_that_cant_be_drawn(size):
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"guidance": float("nan")}, {"aug_level": 1.5}, {"stepz": 3}]
+    "change",
+    [
+        {"steps": 0},
+        {"guidance": float("nan")},
+        {"aug_level": 1.5},
+        {"stepz": 3},
+        {"tile_overlap": 8, "tile": 8},
+    ],
 )
 def test_settings_out_of_range(change):
     with pytest.raises(UserError, match=next(iter(change))[:5]):

@@ -109,6 +109,8 @@ def stage_config(resolution: int, lowres: int, **changes) -> ConfigDict:
             "rescale": 0.0,
             "threshold": {"name": "dynamic", "percentile": 99.5, "cap": 1.5},
             "aug_level": 0.1,
+            "tile": 0,
+            "tile_overlap": 0,
         },
     }
     return ConfigDict({**section, **changes})

@@ -159,6 +159,8 @@ def stage_section(
                 "guidance_interval": (),
                 "rescale": 0.0,
                 "aug_level": (NOISE_LEVEL + 1) / if_scheduler.TIMESTEPS if later else 0.0,
+                "tile": 0,
+                "tile_overlap": 0,
             },
         }
     )

@@ -74,6 +74,8 @@ def get_config(arg: str = "") -> ConfigDict:
             # Dynamic thresholding divides by what it clips at, which greys these white grounds.
             "threshold": {"name": "static"},
             "aug_level": 0.1,
+            "tile": 0,  # 0: the whole picture goes through the network at once
+            "tile_overlap": 0,
         },
     }
 
