@@ -1,0 +1,196 @@
+"""Exported programs draw the pipeline's pictures where this package isn't imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax import export
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
+from PIL import Image
+from safetensors.numpy import load_file
+from tiny_cascade import TEXT, WordEncoder, stage_config, trained
+
+from cascade.diffusion import guidance
+from cascade.errors import UserError
+from cascade.interop.stablehlo import PLATFORMS, export_stablehlo
+from cascade.pipeline import Cascade
+from cascade.shards import named
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "call_stablehlo.py"
+PROMPTS = ["a red apple", "moon"]
+
+
+@pytest.fixture(scope="module")
+def exported(bundle, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exports") / "tiny"
+    return export_stablehlo(bundle, out, prompts=PROMPTS, steps=(3, 2), progress=False)
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "stablehlo.json").read_text())
+
+
+def program(folder: Path, stage: int, name: str) -> export.Exported:
+    entry = manifest_of(folder)["stages"][stage]["programs"][name]["jax_export"]
+    return export.deserialize(bytearray((folder / entry["name"]).read_bytes()))
+
+
+ALONE = """
+import runpy, sys
+folder, example = sys.argv[1:]
+for batch in ("1", "3"):
+    sys.argv[1:] = [folder, "--prompt", "1", "--seed", "5", "--num", batch, "--out", batch]
+    runpy.run_path(example, run_name="__main__")
+assert not [name for name in sys.modules if name.partition(".")[0] == "cascade"]
+"""
+
+
+def test_a_process_without_this_package_draws_the_same_pictures(exported, stages, tmp_path):
+    """Both stages, for two batch sizes, from the one file of each."""
+    command = [sys.executable, "-c", ALONE, str(exported), str(EXAMPLE)]
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # half the time to compile
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, **quick})
+    pipe = Cascade(stages, TEXT, WordEncoder())
+    # A picture doesn't depend on its batch, but for rounding.
+    wanted = pipe("moon", 3, seed=5, steps=(3, 2), batch_size=3, progress=False)
+    for batch in (1, 3):
+        drawn = [np.asarray(Image.open(tmp_path / f"{batch}/5-{i}.png")) for i in range(batch)]
+        assert np.abs(np.stack(drawn).astype(int) - wanted[:batch]).max() <= 1  # of 255
+    assert wanted.std() > 10
+
+
+def example_arguments(rows: list[dict], rng, batch: int) -> dict[str, np.ndarray]:
+    """An array for each argument that a manifest lists, in its shape and dtype."""
+    arrays = {}
+    for row in rows:
+        shape = [batch if side == "b" else side for side in row["shape"]]
+        arrays[row["name"]] = rng.normal(size=shape).astype(row["dtype"])
+    return arrays
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_denoiser_is_the_conditional_network_turned_to_x_hat(exported, stages, index):
+    stage, params, _ = stages[index]
+    entry = manifest_of(exported)["stages"][index]
+    rows = entry["programs"]["denoise"]["arguments"]
+    arrays = example_arguments(rows, np.random.default_rng(0), 2)
+    cond = {name[5:]: value for name, value in arrays.items() if name.startswith("cond/")}
+    weights = load_file(exported / f"stage{index}.safetensors")
+    called = program(exported, index, "denoise").call(
+        weights, arrays["z_t"], arrays["logsnr"], cond
+    )
+    denoise = guidance.denoiser(
+        lambda z, logsnr, cond: stage.network.apply({"params": params}, z, logsnr, cond),
+        stage.config.output,
+    )
+    wanted = jax.jit(denoise)(arrays["z_t"], arrays["logsnr"], cond).x
+    np.testing.assert_allclose(called["x_hat"], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["denoise", "sample"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_manifest_lists_arguments_as_the_files_take_them(exported, stages, index, name):
+    """Weights in the order of their names, then the rows of the manifest, in both files."""
+    entry = manifest_of(exported)["stages"][index]["programs"][name]
+    loaded = program(exported, index, name)
+    weights = [(leaf.shape, leaf.dtype) for _, leaf in sorted(named(stages[index].params))]
+    rows = [(tuple(row["shape"]), row["dtype"]) for row in entry["arguments"]]
+    taken = [
+        (tuple(side if isinstance(side, int) else str(side) for side in aval.shape), aval.dtype)
+        for aval in loaded.in_avals
+    ]
+    assert taken == [*weights, *rows]
+    assert tuple(loaded.platforms) == PLATFORMS == ("cpu", "cuda", "tpu")
+    data = (exported / entry["portable"]["name"]).read_bytes()
+    with ir.Context() as context:
+        module = stablehlo.deserialize_portable_artifact(context, data)
+        main = next(op for op in module.body if op.name.value == "main")
+        types = [str(kind) for kind in main.type.inputs]
+    assert types[0] == "tensor<i32>" and len(types) == 1 + len(taken)
+    assert [kind.count("?") for kind in types[1:]] == [shape.count("b") for shape, _ in taken]
+
+
+@pytest.mark.parametrize(
+    ("lowres", "changes"),
+    [
+        (0, {"output": "eps", "learned_variance": True}),
+        (8, {"output": "eps", "learned_variance": True, "lowres_upsampling": "before_noise"}),
+    ],
+)
+def test_what_deepfloyd_needs_lowers_for_any_batch(monkeypatch, tmp_path, lowres, changes):
+    """Learned variance, discrete schedules, cuDNN's attention, enlarging before noise."""
+    discrete = {"name": "discrete", "betas": "squaredcos_cap_v2", "train_steps": 1000}
+    config = stage_config(16, lowres, schedule=discrete, aug_schedule=discrete, **changes)
+    config.network.noise_embedding = "squaredcos_cap_v2"
+    config.sampling.spacing = {"name": "trailing", "train_steps": 1000}
+    network = trained(config)
+    network.stage.config.network.attention_implementation = "cudnn"  # as on the GPU it came from
+    below = [] if lowres == 0 else [trained(stage_config(8, 0))]
+    monkeypatch.setattr(
+        "cascade.interop.stablehlo.load_bundle",
+        lambda folder: type(
+            "Loaded", (), {"stages": (*below, network), "text_encoder": WordEncoder()}
+        ),
+    )
+    last = len(below)
+    out = export_stablehlo("bundle", tmp_path / "out", stages=[last], progress=False)
+    (entry,) = manifest_of(out)["stages"]
+    assert entry["stage"] == last
+    rows = entry["programs"]["denoise"]["arguments"]
+    shapes = {row["name"]: row["shape"] for row in rows}
+    assert shapes.get("cond/lowres", ["b", 16, 16, 3]) == ["b", 16, 16, 3]
+    assert [row["name"] for row in entry["programs"]["denoise"]["results"]] == ["fraction", "x_hat"]
+
+
+def test_text_is_the_encoders(exported):
+    text = load_file(exported / "text.safetensors")
+    emb, mask = WordEncoder().encode(PROMPTS)
+    null_emb, null_mask = WordEncoder().null()
+    for name, wanted in {
+        "text_emb": emb,
+        "text_mask": mask,
+        "null_emb": null_emb,
+        "null_mask": null_mask,
+    }.items():
+        np.testing.assert_array_equal(text[name], wanted)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stages": [2]}, "stage is 2"),
+        ({"stages": [-1]}, "stage is -1"),
+        ({"steps": 0}, "steps"),
+        ({"steps": (1, 2, 3)}, "3 values"),
+        ({"sampler": "euler"}, "euler"),
+        ({"size": (9, 8)}, "multiples of 2"),
+        ({"prompts": [" "]}, "blank"),
+    ],
+)
+def test_bad_arguments_leave_nothing(bundle, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        export_stablehlo(bundle, tmp_path / "out", progress=False, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_halfway_leaves_what_was_there(bundle, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "stablehlo.json").write_text("old")
+    with pytest.raises(UserError, match="overwrite"):
+        export_stablehlo(bundle, out, progress=False)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cascade.interop.stablehlo.write_manifest", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        export_stablehlo(bundle, out, stages=[0], overwrite=True, progress=False)
+    assert (out / "stablehlo.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
