@@ -88,7 +88,7 @@ def tiled(predict: Predict, tile: int, overlap: int) -> Predict:
             so_far = jax.lax.dynamic_slice(canvas, at, predicted.shape)
             return jax.lax.dynamic_update_slice(canvas, so_far + weight * predicted, at), None
 
-        canvas = jnp.zeros((len(z_t), *size, output.shape[-1]), output.dtype)
+        canvas = jnp.zeros((*z_t.shape[:3], output.shape[-1]), output.dtype)
         return jax.lax.scan(add, canvas, jnp.arange(len(tops) * len(lefts)))[0]
 
     return blended
@@ -126,7 +126,7 @@ def _part(z_t, logsnr, cond, corner, sides, factors):
     def cut(array, scale):
         begin = (0, *(at // by for at, by in zip(corner, scale, strict=True)), 0)
         cut_sides = (side // by for side, by in zip(sides, scale, strict=True))
-        return jax.lax.dynamic_slice(array, begin, (len(array), *cut_sides, array.shape[-1]))
+        return jax.lax.dynamic_slice(array, begin, (array.shape[0], *cut_sides, array.shape[-1]))
 
     if "lowres" in cond:
         cond = {**cond, "lowres": cut(cond["lowres"], factors)}

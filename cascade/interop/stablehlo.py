@@ -138,13 +138,12 @@ def _text_tensors(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, np.
     null_emb, null_mask = encoder.null()
     tensors = {"null_emb": np.asarray(null_emb, np.float32), "null_mask": np.asarray(null_mask)}
     if prompts:
-        for prompt in prompts:
-            if not prompt.strip():
-                raise UserError(
-                    "A prompt to export is blank; leave it out, the null condition is always "
-                    "exported."
-                )
-        tensors["text_emb"], tensors["text_mask"] = encoder.encode(prompts)
+        emb, mask = encoder.encode(prompts)
+        if not all(map(str.strip, prompts)) or not mask.any(axis=1).all():
+            raise UserError(
+                "A prompt to export is blank; leave it out, the null condition is always exported."
+            )
+        tensors |= {"text_emb": emb, "text_mask": mask}
     return tensors
 
 

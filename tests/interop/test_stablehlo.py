@@ -124,10 +124,11 @@ def test_the_manifest_lists_arguments_as_the_files_take_them(exported, stages, i
     ],
 )
 def test_what_deepfloyd_needs_lowers_for_any_batch(monkeypatch, tmp_path, lowres, changes):
-    """Learned variance, discrete schedules, cuDNN's attention, enlarging before noise."""
+    """Learned variance, discrete schedules, enlarging before noise; cuDNN's attention, tiles."""
     discrete = {"name": "discrete", "betas": "squaredcos_cap_v2", "train_steps": 1000}
     config = stage_config(16, lowres, schedule=discrete, aug_schedule=discrete, **changes)
     config.network.noise_embedding = "squaredcos_cap_v2"
+    config.sampling.tile, config.sampling.tile_overlap = 8, 2
     config.sampling.spacing = {"name": "trailing", "train_steps": 1000}
     network = trained(config)
     network.stage.config.network.attention_implementation = "cudnn"  # as on the GPU it came from
