@@ -60,6 +60,7 @@ setup(
         *find_packages(include=["cascade", "cascade.*"]),
         "cascade.configs",
         "cascade.configs.emoji",
+        "cascade.configs.imagen",
     ],
     package_dir={"cascade.configs": "configs"},
     include_package_data=True,

@@ -36,14 +36,61 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     package, so `configs/emoji/base64.py` works anywhere.
 
     Raises:
-      UserError: no such file, an error inside it, or whatever `check` finds.
+      UserError: no such file, an error inside it, whatever `check` finds, or a cascade's config,
+        which holds several experiments.
+    """
+    configs = load_stages(spec, overrides)
+    if None not in configs:
+        path = spec.partition(":")[0]
+        raise UserError(
+            f"Config {spec} is a cascade of {', '.join(configs)}; name the one that you mean, like "
+            f"{path}:{next(iter(configs))}."
+        )
+    return configs[None]
+
+
+def load_stages(spec: str, overrides: Sequence[str] = ()) -> dict[str | None, ConfigDict]:
+    """The experiments in a config file, by name, base first; one alone has the name None.
+
+    A cascade's config is a ConfigDict of experiments' configs, so an override of it begins with a
+    name: `--config.base.train.steps=9`.
+
+    Raises:
+      UserError: as `load`, or a cascade's stages don't fit one another.
     """
     config = _read(spec)
     for override in overrides:
         _check_override(config, override)
     _apply(config, overrides)
-    check(config)
-    return config
+    nested = [isinstance(value, ConfigDict) and "stage" in value for value in config.values()]
+    if not (nested and all(nested)):
+        check(config)
+        return {None: config}
+    for name, experiment in config.items():
+        try:
+            check(experiment)
+        except UserError as error:
+            raise UserError(f"Stage {name!r}: {error}") from error
+    configs = dict(sorted(config.items(), key=lambda item: item[1].stage.resolution))
+    _check_chain(configs)
+    return configs
+
+
+def _check_chain(configs: Mapping[str, ConfigDict]):
+    """Raises a UserError unless each stage enlarges what the one before draws, from one text."""
+    drawn, (first, *_) = 0, configs
+    for name, config in configs.items():
+        if config.stage.lowres_resolution != drawn:
+            raise UserError(
+                f"config.{name}.stage.lowres_resolution is {config.stage.lowres_resolution}, but "
+                f"the stage before draws {drawn} (0: nothing); make them equal."
+            )
+        drawn = config.stage.resolution
+        if config.text != configs[first].text:
+            raise UserError(
+                f"config.{name}.text differs from config.{first}.text; text is encoded once for "
+                "all stages, so make them equal."
+            )
 
 
 def _read(spec: str) -> ConfigDict:

@@ -1,6 +1,8 @@
 """`:smoke`: any experiment, shrunk to seconds on a CPU, with every kind of block still in it."""
 
 import math
+from collections.abc import Iterable
+from itertools import pairwise
 
 from ml_collections import ConfigDict
 
@@ -16,6 +18,7 @@ def variant(config: ConfigDict, arg: str) -> ConfigDict:
     if arg != "smoke":
         raise ValueError(f"this config takes the argument 'smoke', not {arg!r}")
     shrink_stage(config.stage)
+    _embed_with_minilm(config)
     data = config.data
     data.source = {
         "name": "synthetic",
@@ -33,7 +36,16 @@ def variant(config: ConfigDict, arg: str) -> ConfigDict:
     train.log_every = train.checkpoint_every = 2
     train.eval_every = train.sample_every = 4
     train.eval_batches, train.sample_count = 1, 2
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     return config
+
+
+def chain(stages: Iterable[ConfigDict]):
+    """Makes shrunken stages, base first, fit together: each takes what the one before now draws."""
+    for before, after in pairwise(stages):
+        scale = after.resolution // after.lowres_resolution
+        after.lowres_resolution = before.resolution
+        after.resolution = before.resolution * scale
 
 
 def shrink_stage(stage: ConfigDict):
@@ -43,10 +55,19 @@ def shrink_stage(stage: ConfigDict):
         network[field] = (network[field][0], network[field][-1])
     network.channel_mults, network.num_blocks = (1, 2), (1, 1)
     network.channels, network.head_channels, network.norm_groups = 16, 8, 4
-    network.dtype, network.remat = "float32", False
+    network.text_channels = 48 if network.text_channels else 0
+    network.pool_heads = 6 if network.pool_heads else 0
+    network.dtype, network.remat, network.scan_blocks = "float32", False, False
     scale = stage.resolution // stage.lowres_resolution if stage.lowres_resolution else 1
     side = max(2 * math.prod(network.strides), 4 * scale)
     stage.resolution = side
     stage.lowres_resolution = side // scale if stage.lowres_resolution else 0
     stage.crop_resolution = side if stage.crop_resolution else 0
     stage.sampling.steps = 2
+
+
+def _embed_with_minilm(config: ConfigDict):
+    """Takes the one text encoder whose weights come with the package."""
+    if config.text.name != "minilm":
+        config.stage.text_width, config.stage.text_length = 384, 48
+        config.text = {"name": "minilm", "max_length": 48, "weights": ""}

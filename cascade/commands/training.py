@@ -49,13 +49,14 @@ def train(ctx, spec, workdir):
 def describe(ctx, spec):
     """Print a stage's parameters and FLOPs, level by level. Takes overrides as train does.
 
-    Example: cascade describe --config configs/emoji/base64.py
+    Of a cascade's config, it prints every stage's and what they sum to.
+
+    Example: cascade describe --config configs/imagen/cascade.py
     """
     from cascade import config
-    from cascade.describe import describe as table
-    from cascade.stage import Stage
+    from cascade.describe import describe as tables
 
-    click.echo(table(Stage(config.load(spec, ctx.args).stage)))
+    click.echo(tables(config.load_stages(spec, ctx.args)))
 
 
 @click.command()

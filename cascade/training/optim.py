@@ -49,18 +49,28 @@ def adamw(
 
 
 def adafactor(
-    *, learning_rate, decay_rate: float, clipping_threshold: float, b1: float
+    *,
+    learning_rate,
+    decay_rate: float,
+    clipping_threshold: float,
+    b1: float,
+    parameter_scale: bool,
 ) -> optax.GradientTransformation:
-    """Adafactor (Shazeer & Stern 2018), as Imagen's base model was trained: no parameter scaling.
+    """Adafactor (Shazeer & Stern 2018), which Imagen's base model was trained with.
 
-    `b1` = 0 keeps no first moment, so the state is sublinear in the parameters.
+    Args:
+      learning_rate: of each step, times the root mean square of the parameter (at least 1e-3)
+        where `parameter_scale` is set.
+      decay_rate: of the second moments, which forget by 1 - step^-decay_rate.
+      clipping_threshold: of each parameter's update, root mean square.
+      b1: 0 keeps no first moment, so that the state is sublinear in the parameters.
     """
     return optax.adafactor(
         learning_rate,
         decay_rate=decay_rate,
         clipping_threshold=clipping_threshold,
         momentum=b1 or None,
-        multiply_by_parameter_scale=False,
+        multiply_by_parameter_scale=parameter_scale,
     )
 
 

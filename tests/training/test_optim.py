@@ -10,7 +10,12 @@ from cascade.training.optim import LEARNING_RATES, OPTIMIZERS
 SECTIONS = {
     "adam": {"b1": 0.9, "b2": 0.99, "eps": 1e-8},
     "adamw": {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.01},
-    "adafactor": {"decay_rate": 0.8, "clipping_threshold": 1.0, "b1": 0.0},
+    "adafactor": {
+        "decay_rate": 0.8,
+        "clipping_threshold": 1.0,
+        "b1": 0.0,
+        "parameter_scale": False,
+    },
 }
 
 
@@ -43,6 +48,16 @@ def test_decays_end_where_they_say(name):
     assert float(rate(10)) == pytest.approx(0.1)
     assert float(rate(60)) == pytest.approx(0.055, rel=1e-5)  # half-way of either shape
     assert float(rate(110)) == float(rate(1_000)) == pytest.approx(0.01)
+
+
+def test_a_parameters_scale_is_adafactors_unit():
+    section = SECTIONS["adafactor"] | {"parameter_scale": True}
+    optimizer = OPTIMIZERS["adafactor"](learning_rate=0.1, **section)
+    params = {"large": jnp.full((4, 4), 2.0), "small": jnp.full((4, 4), 0.02)}
+    slope = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(slope, optimizer.init(params), params)
+    assert float(updates["large"][0, 0]) == pytest.approx(100 * float(updates["small"][0, 0]))
+    assert float(updates["large"][0, 0]) == pytest.approx(-0.1 * 2.0, rel=1e-4)
 
 
 def test_weight_decay_leaves_vectors_alone():
