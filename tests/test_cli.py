@@ -42,14 +42,17 @@ def bundle(tmp_path_factory):
     return save_bundle(folder, stages, TEXT, encoder)
 
 
-COMMANDS = ["", "demo", "data", "data build", "train", "describe", "bundle", "sample", "upscale"]
+COMMANDS = [
+    "", "demo", "data", "data build", "embed", "train", "describe", "bundle", "sample", "upscale",
+    "import", "import deepfloyd", "export",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_and_leaves_have_an_example(command):
     result = run(*command.split(), "--help")
     assert result.exit_code == 0
-    assert command in ("", "data") or "Example: cascade" in result.output
+    assert command in ("", "data", "import") or "Example: cascade" in result.output
 
 
 def test_help_imports_no_jax():
@@ -207,6 +210,55 @@ def test_bad_data(files, source, said, tmp_path):
 def test_bundling_an_untrained_run(tmp_path):
     assert "train" in sentence("bundle", "--stages", tmp_path, "--out", tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_export_writes_each_kind_of_folder(bundle, tmp_path):
+    for target, options, mark in [
+        ("safetensors", ["--dtype", "bfloat16"], "stage1.safetensors"),
+        ("stablehlo", ["--stage", 0, "--prompt", "a red apple"], "stage0-sample.stablehlo"),
+    ]:
+        out = tmp_path / target
+        result = run("export", "--to", target, "--bundle", bundle, "--out", out, *options)
+        assert result.exit_code == 0, result.output
+        assert f"Wrote {out}" in result.output and (out / mark).is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--to", "onnx"], "onnx"),
+        (["--to", "safetensors", "--steps", "3"], "--steps"),
+        (["--to", "safetensors", "--prompt", "x"], "--prompt"),
+        (["--to", "stablehlo", "--dtype", "bfloat16"], "--dtype"),
+        (["--to", "diffusers", "--stage", "0"], "--stage"),
+        (["--to", "stablehlo", "--size", "large"], "HEIGHTxWIDTH"),
+        (["--to", "stablehlo", "--stage", "7"], "stage is 7"),
+        (["--to", "stablehlo", "--prompt", " "], "blank"),
+    ],
+)
+def test_bad_export_options(bundle, tmp_path, options, said):
+    out = tmp_path / "out"
+    assert said in sentence("export", *options, "--bundle", bundle, "--out", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("target", ["diffusers", "safetensors", "stablehlo"])
+def test_exporting_what_is_no_bundle(target, tmp_path):
+    out = tmp_path / "out"
+    said = sentence("export", "--to", target, "--bundle", tmp_path, "--out", out)
+    assert "isn't a bundle" in said and not out.exists()
+
+
+def test_importing_what_is_no_folder(tmp_path):
+    source, out = tmp_path / "none", tmp_path / "out"
+    assert "none" in sentence("import", "deepfloyd", "--source", source, "--out", out)
+    assert not out.exists()
+
+
+def test_embedding_with_an_unknown_setting(tmp_path):
+    override = "--config.text_cache.dtipe=int8"
+    assert "dtipe" in sentence("embed", "--config", SMOKE, "--out", tmp_path / "out", override)
+    assert not (tmp_path / "out").exists()
 
 
 FULL_DISK = """
