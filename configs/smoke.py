@@ -28,6 +28,7 @@ def variant(config: ConfigDict, arg: str) -> ConfigDict:
         "seed": 0,
     }
     data.eval_source = data.source
+    data.filter.min_side = 1
     data.workers = 0
     data.cache_decoded = False
     train = config.train
