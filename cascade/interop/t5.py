@@ -40,10 +40,7 @@ class T5Tensors:
 
     def __init__(self, t5: T5, weights: Weights):
         self._weights = weights
-        self.specs = {}
-        for path, spec in named(abstract_params(t5)):
-            for name, shape in _published(path, spec):
-                self.specs[name] = jax.ShapeDtypeStruct(shape, spec.dtype)
+        self.specs = published_specs(t5)
         for name in weights.names():
             if name not in self.specs and name != EMBEDDING and not name.startswith(DECODER):
                 raise UserError(
@@ -51,11 +48,12 @@ class T5Tensors:
                     " knows nothing of; take both from one source."
                 )
         for name, spec in self.specs.items():
-            shape = weights.shape(self._source(name))
-            if shape != spec.shape:
+            shape, dtype = weights.shape(self._source(name)), weights.dtype(self._source(name))
+            if shape != spec.shape or dtype.kind == "i":
                 raise UserError(
-                    f"The text encoder's weight {name!r} has the shape {shape} where its"
-                    f" config.json means {spec.shape}; take both from one source."
+                    f"The text encoder's weight {name!r} is {dtype.name} of the shape {shape} where"
+                    f" its config.json means numbers of the shape {spec.shape}; take both from one"
+                    " source."
                 )
 
     def _source(self, name: str) -> str:
@@ -96,6 +94,24 @@ def abstract_params(t5: T5) -> dict:
     return jax.eval_shape(t5.init, jax.random.key(0), ids, mask)["params"]
 
 
+def published_specs(t5: T5) -> dict[str, jax.ShapeDtypeStruct]:
+    """Published name → shape and dtype of every tensor that the module needs."""
+    return {
+        name: jax.ShapeDtypeStruct(spec.shape[1:] if _stacked(path) else spec.shape, spec.dtype)
+        for path, spec in named(abstract_params(t5))
+        for name in _names(path, spec)
+    }
+
+
+def _stacked(path: str) -> bool:
+    return "{}" in PUBLISHED[path]
+
+
+def _names(path: str, spec) -> list[str]:
+    """The tensors that make a parameter: one a layer, or a single one."""
+    return [PUBLISHED[path].format(i) for i in range(spec.shape[0] if _stacked(path) else 1)]
+
+
 def read_params(t5: T5, tensors: T5Tensors, mesh: Mesh) -> dict:
     """The module's parameters, laid over the mesh as `RULES` say.
 
@@ -114,14 +130,6 @@ def read_params(t5: T5, tensors: T5Tensors, mesh: Mesh) -> dict:
             for (path, spec), sharding in zip(named(abstract), jax.tree.leaves(laid), strict=True)
         ]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-
-
-def _published(path: str, spec) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors that make a parameter: one, or one a layer."""
-    name = PUBLISHED[path]
-    if "{}" not in name:
-        return [(name, spec.shape)]
-    return [(name.format(i), spec.shape[1:]) for i in range(spec.shape[0])]
 
 
 def _read_leaf(tensors: T5Tensors, path: str, spec, sharding: NamedSharding, progress) -> jax.Array:
@@ -143,8 +151,8 @@ def _read_leaf(tensors: T5Tensors, path: str, spec, sharding: NamedSharding, pro
         progress.update()
         return array
 
-    names = [name for name, _ in _published(path, spec)]
-    if "{}" not in PUBLISHED[path]:
+    names = _names(path, spec)
+    if not _stacked(path):
         return read(names[0], sharding)
     one = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
     stack = _zeros(spec.shape, spec.dtype, sharding)
