@@ -69,6 +69,8 @@ def main():
 
     manifest = json.loads((options.folder / "stablehlo.json").read_text())
     text = load(checked(options.folder, manifest["text"]))
+    if manifest["stages"][0]["stage"] != 0 or options.prompt not in range(len(manifest["prompts"])):
+        raise SystemExit("Export the base stage too, and as many prompts (--prompt) as are needed.")
 
     def repeated(row: np.ndarray) -> np.ndarray:
         return np.repeat(row[None], options.num, axis=0)

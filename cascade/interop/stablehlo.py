@@ -208,8 +208,8 @@ def _denoise_program(stage: Stage, size: tuple[int, int], nested: Callable) -> P
         "cond/lowres": "the pictures to enlarge, noised to aug_logsnr",
         "cond/aug_logsnr": "logsnr of the noise on lowres",
         "x_hat": "the network's estimate of x, neither guided nor thresholded",
-        "fraction": "learned variance, 0 … 1: where its logarithm lies between log sigma_s² and "
-        "log sigma_t²",
+        "fraction": "learned variance of a step t -> s, 0 … 1: where its logarithm lies from that "
+        "of (1 - r) sigma_s² to that of (1 - r) sigma_t², r = exp(logsnr_t - logsnr_s)",
     }
     return Program("denoise", call, {"z_t": z_t, "logsnr": logsnr, "cond": cond}, meanings)
 

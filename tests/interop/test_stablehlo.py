@@ -2,6 +2,8 @@
 
 import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,15 @@ def test_a_process_without_this_package_draws_the_same_pictures(exported, stages
         drawn = [np.asarray(Image.open(tmp_path / f"{batch}/5-{i}.png")) for i in range(batch)]
         assert np.abs(np.stack(drawn).astype(int) - wanted[:batch]).max() <= 1  # of 255
     assert wanted.std() > 10
+
+
+def test_the_example_says_what_it_lacks(exported, tmp_path, monkeypatch):
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    (copy / "text.safetensors").write_bytes(b"damaged")
+    for folder, prompt, said in [(exported, "2", "--prompt"), (copy, "0", "damaged")]:
+        monkeypatch.setattr(sys, "argv", ["example", str(folder), "--prompt", prompt])
+        with pytest.raises(SystemExit, match=said):
+            runpy.run_path(str(EXAMPLE), run_name="__main__")
 
 
 def example_arguments(rows: list[dict], rng, batch: int) -> dict[str, np.ndarray]:
