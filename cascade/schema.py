@@ -11,6 +11,7 @@ from cascade.diffusion.samplers import SAMPLERS, SPACINGS
 from cascade.diffusion.schedules import SCHEDULES
 from cascade.networks import NETWORKS
 from cascade.text.encoders import ENCODERS
+from cascade.text.segment import DTYPES
 from cascade.training.optim import LEARNING_RATES, OPTIMIZERS
 
 
@@ -149,8 +150,8 @@ RANGES = {
     "seed": between(0, 2**32 - 1),
     "stage": STAGE_RANGES,
     "text_cache": {
-        "folder": Range(str.strip, "the path of a folder"),
-        "dtype": Range(("float16", "bfloat16", "int8").__contains__, "float16, bfloat16 or int8"),
+        "folder": Range(lambda x: x == "" or x.strip(), "the path of a folder, or ''"),
+        "dtype": Range(DTYPES.__contains__, f"one of {', '.join(DTYPES)}"),
     },
     "data": {
         "filter": {"min_side": at_least(0), "max_aspect": at_least(1.0)},

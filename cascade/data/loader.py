@@ -9,7 +9,7 @@ position, a resumed run continues with the very next batch, and workers change n
 import atexit
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -200,15 +200,11 @@ class Fill:
 class Collate(NamedTuple):
     """Prepared pictures -> one batch of arrays, see `make_loader`."""
 
-    embedding: Any
+    texts: Callable[[list[str]], dict[str, np.ndarray]]
 
     def __call__(self, elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-        """Stacks, scales to [-1, 1] and looks the captions up."""
-        texts = [self.embedding.lookup(element["caption"]) for element in elements]
-        batch = {
-            "text_emb": np.stack([emb for emb, _ in texts]),
-            "text_mask": np.stack([mask for _, mask in texts]),
-        }
+        """Stacks, scales to [-1, 1] and turns captions into arrays."""
+        batch = dict(self.texts([element["caption"] for element in elements]))
         for name in ("image", "lowres"):
             if name in elements[0]:
                 pixels = np.stack([element[name] for element in elements])
@@ -238,7 +234,7 @@ def make_loader(
     resolution: int,
     lowres_resolution: int,
     crop_resolution: int,
-    embedding: Any,
+    texts: Callable[[list[str]], dict[str, np.ndarray]],
     seed: int,
     batch_size: int,
     train: bool,
@@ -259,8 +255,8 @@ def make_loader(
       resolution: side of the whole pictures; with `crop_resolution` 0, of the batch's too.
       lowres_resolution: side of a super-resolution stage's input, 0 for none.
       crop_resolution: side of a super-resolution stage's training crops, 0 for whole pictures.
-      embedding: its `lookup(caption)` gives (text_emb [L, D] float32, text_mask [L] bool), as
-        `cascade.text.cache.EmbeddingCache` does; it stays in this process.
+      texts: captions -> the arrays [B, ...] of a batch that stand for them: `EmbeddingCache.lookup`
+        or `cascade.text.on_the_fly.Tokenized`; it stays in this process.
       seed: decides order, captions and crops.
       batch_size: of one process.
       train: which source, and which of the two ways above.
@@ -268,8 +264,9 @@ def make_loader(
       process_index, process_count: process p takes every count-th record of the order, from p.
 
     Yields:
-      {"image": [B, H, W, 3] float32 in [-1, 1], "text_emb": [B, L, D] float32, "text_mask": [B, L]
-      bool, and in a super-resolution stage "lowres": [B, h, w, 3] float32 in [-1, 1]}.
+      {"image": [B, H, W, 3] float32 in [-1, 1], and in a super-resolution stage "lowres":
+      [B, h, w, 3] float32 in [-1, 1]}, and what `texts` gives: "text_mask" [B, L] bool with
+      "text_emb" [B, L, D] float32 or "text_ids" [B, L] int32.
 
     Raises:
       UserError: a bad section, missing data, sizes that don't divide, or (while iterating) too many
@@ -303,7 +300,7 @@ def make_loader(
     stream = _in_workers(prepared[process_index::process_count], section["workers"])
     judge = Judge(len(source), section["max_broken_rate"])
     stream = stream.filter(judge) if train else stream.map(Fill(prepare.blank(), judge))
-    batches = stream.batch(batch_size, drop_remainder=True, batch_fn=Collate(embedding))
+    batches = stream.batch(batch_size, drop_remainder=True, batch_fn=Collate(texts))
     # A thread makes the next batches while a step runs; the state stays that of the last one given.
     loader = iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=READY_BATCHES))
     atexit.register(_close, weakref.ref(loader))  # left to the interpreter's end, it would complain

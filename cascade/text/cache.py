@@ -1,38 +1,39 @@
 """Embeddings of a data set's captions, computed once and kept on disk.
 
-A cache is a folder, `<folder>/<start of the encoder's fingerprint>`, of segments,
-`captions-<digest>.safetensors`, each complete in itself:
+A cache is a folder, `<folder>/<start of the encoder's fingerprint>-<dtype>`, of segments
+(`cascade.text.segment`), each complete in itself. A segment appears by a rename, whole or not at
+all, under a name made from its keys. So a killed run loses at most the segment it was at, a cache
+grows by adding segments, and processes that build one cache together need no lock: at worst they
+compute the same segment twice and rename it to the same name.
 
-    states [T, D] float16   the states of all captions, one after another, without padding
-    starts [N + 1] int64    caption i owns states[starts[i] : starts[i + 1]]
-    keys   [N, 2] uint64    128 bits of blake2b of each caption's UTF-8
-
-with the encoder's fingerprint in the header. A segment appears by a rename, whole or not at all,
-under a name made from its keys. So a killed run loses at most the segment it was at, a cache grows
-by adding segments, and processes that build one cache together need no lock: at worst they compute
-the same segment twice and rename it to the same name.
+Damage is found where it lies: in a segment's index when the cache is opened, in a caption's states
+when they are looked up, anywhere by `verify`. A damaged segment is made again, never used.
 """
 
+import copy
 import logging
-import os
-import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from cascade.errors import UserError
+from cascade.text import segment as segments
 from cascade.text.interface import TextEncoder, checked_text, shortened
+from cascade.text.segment import DTYPES, Segment
 
 log = logging.getLogger(__name__)
 
 NAME = "captions-{}.safetensors"
-SEGMENT = 4096  # captions; what a killed run may have to compute again
+# What a killed run may have to compute again, and what is held in memory until it is written.
+SEGMENT = 4096  # captions
+SEGMENT_BYTES = 2**30  # if all of them were as long as they may be
 
 
 class EmbeddingCache:
@@ -43,17 +44,25 @@ class EmbeddingCache:
 
     Args:
       folder: may hold the caches of many encoders: each has a folder of its own in it, named by the
-        start of the encoder's fingerprint.
-      encoder: makes what is missing.
+        start of the encoder's fingerprint and the dtype.
+      encoder: made, or will make, what is in it.
+      dtype: how states are stored, a key of `cascade.text.segment.DTYPES`.
+
+    Attributes:
+      folder: the encoder's and the dtype's own.
 
     Raises:
       UserError: the encoder's folder holds what another made, or can't be read.
     """
 
-    def __init__(self, folder: str | Path, encoder: TextEncoder):
-        self._parent = Path(folder)
-        self._folder = self._parent / encoder.fingerprint[:16]
-        self._encoder = encoder
+    def __init__(self, folder: str | Path, encoder: TextEncoder, dtype: str):
+        self._parent, self._encoder = Path(folder), encoder
+        self.folder = self._parent / f"{encoder.fingerprint[:16]}-{dtype}"
+        self._origin = {
+            "made_by": f"{encoder.name} with max_length {encoder.max_length}",
+            "fingerprint": encoder.fingerprint,
+            "dtype": dtype,
+        }
         self._open()
 
     def __len__(self) -> int:
@@ -66,102 +75,162 @@ class EmbeddingCache:
 
     def __reduce__(self):
         """Pickles as a folder and an encoder, both cheap; files are mapped where it is loaded."""
-        return EmbeddingCache, (self._parent, self._encoder)
+        return EmbeddingCache, (self._parent, self._encoder, self._origin["dtype"])
 
-    def lookup(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
-        """The caption's (emb [L, D] float32, zero at padding; mask [L] bool).
+    @property
+    def tokens(self) -> int:
+        """How many states are stored."""
+        return sum(segment.tokens for segment in self._segments)
+
+    @property
+    def bytes(self) -> int:
+        """What the segments take on disk."""
+        return sum(segment.path.stat().st_size for segment in self._segments)
+
+    def lookup(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """The captions' text_emb [B, L, D] float32, zero at padding, and text_mask [B, L] bool.
 
         Raises:
-          UserError: nobody has embedded this caption yet.
+          UserError: nobody has embedded one of them yet, or its states are damaged.
         """
-        place = self._find(caption)
-        if place is None:
-            self._open()  # another process may have added segments since
-            place = self._find(caption)
-        if place is None:
-            raise UserError(
-                f"The caption {shortened(caption)} is not in the embedding cache"
-                f" {str(self._folder)!r}; embed the data set's captions before reading them."
-            )
-        segment, start, stop = place
-        emb = np.zeros((self._encoder.max_length, self._encoder.width), np.float32)
-        if start < stop:  # a caption without text has no states
-            emb[: stop - start] = self._segments[segment].states[start:stop]
-        return emb, np.arange(self._encoder.max_length) < stop - start
+        length = self._encoder.max_length
+        emb = np.zeros((len(captions), length, self._encoder.width), np.float32)
+        mask = np.zeros((len(captions), length), bool)
+        for row, caption in enumerate(captions):
+            states = self._read(caption)
+            emb[row, : len(states)], mask[row, : len(states)] = states, True
+        return {"text_emb": emb, "text_mask": mask}
 
-    def ensure(self, captions: Iterable[str]):
-        """Embeds the captions that are missing, `SEGMENT` at a time, and stores each segment.
+    def ensure(self, captions: Iterable[str], mesh: Mesh | None = None, *, progress: bool = True):
+        """Embeds the captions that are missing, a segment at a time, and stores each segment.
+
+        Args:
+          captions: all that will be looked up.
+          mesh: where to embed them. All processes of a mesh call this together, with the same
+            captions; the first one writes, and all read.
 
         Raises:
-          UserError: a caption is no valid text, or the folder can't be written.
+          UserError: a caption is no valid text, the encoder's states don't fit the dtype, or the
+            folder can't be written, or not seen by all processes.
         """
         self._open()
-        missing = [c for c in dict.fromkeys(captions) if checked_text(c) not in self]
+        missing = self._missing(captions, mesh)
         if not missing:
             return
+        self._tell_siblings(len(missing))
+        worker = copy.copy(self._encoder)  # the weights that it loads leave the devices with it
+        if mesh is not None:
+            worker.place(mesh)
+        state_bytes = DTYPES[self._origin["dtype"]][0].itemsize * worker.width
+        together = max(1, min(SEGMENT, SEGMENT_BYTES // (worker.max_length * state_bytes)))
+        truncated = 0
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             for path in self._damaged:
                 path.unlink(missing_ok=True)
-            truncated = 0
-            with tqdm(total=len(missing), desc="Embedding captions", unit="caption") as progress:
-                for start in range(0, len(missing), SEGMENT):
-                    truncated += self._add(missing[start : start + SEGMENT], progress)
+            with tqdm(
+                total=len(missing), desc="Embedding captions", unit="caption", disable=not progress
+            ) as bar:
+                for start in range(0, len(missing), together):
+                    truncated += self._add(worker, missing[start : start + together], mesh, bar)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"Cannot write the embedding cache {str(self._folder)!r} ({error}); make room or"
+                f"Cannot write the embedding cache {str(self.folder)!r} ({error}); make room or"
                 " choose another folder."
             ) from error
+        if mesh is not None:
+            multihost_utils.sync_global_devices("captions embedded")
         if truncated:
             log.warning(
                 "%d of %d captions are longer than the %d tokens that %s reads; their ends are"
                 " cut off.",
                 truncated,
                 len(missing),
-                self._encoder.max_length,
-                self._encoder.name,
+                worker.max_length,
+                worker.name,
             )
         self._open()
+        if not all(caption in self for caption in missing):
+            raise UserError(
+                f"Process {jax.process_index()} doesn't find what process 0 wrote to the embedding"
+                f" cache {str(self.folder)!r}; choose a folder that all processes share, or"
+                " config.text_cache.folder='' to encode captions as they are needed."
+            )
 
-    def _add(self, captions: list[str], progress: tqdm) -> int:
+    def verify(self, *, progress: bool = True):
+        """Reads every caption's states, and removes the segments where one is damaged."""
+        bar = tqdm(
+            self._segments, "Verifying the embedding cache", unit="segment", disable=not progress
+        )
+        for segment in bar:
+            try:
+                segment.verify()
+            except (SafetensorError, ValueError) as error:
+                log.warning("%s is damaged (%s); it is removed.", segment.path, error)
+                self._remove(segment)
+        self._open()
+
+    def _missing(self, captions: Iterable[str], mesh: Mesh | None) -> list[str]:
+        """The captions that aren't there, each once; every process of a mesh gives the same."""
+        distinct = list(dict.fromkeys(map(checked_text, captions)))
+        wanted = np.array([caption not in self for caption in distinct], bool)
+        if mesh is not None and jax.process_count() > 1:
+            wanted = multihost_utils.broadcast_one_to_all(wanted)
+        return [distinct[i] for i in np.flatnonzero(wanted)]
+
+    def _tell_siblings(self, missing: int):
+        """Warns where the captions may have been embedded already, as something else."""
+        start = self._encoder.fingerprint[:16]
+        for path in sorted(self._parent.glob(f"{start}*")):
+            if path.name == start:
+                log.warning("%s is of an earlier version and isn't read; delete it.", path)
+            elif path != self.folder:
+                log.warning(
+                    "%d captions aren't stored as %s; set config.text_cache.dtype to %r to use"
+                    " what is in %s instead.",
+                    missing,
+                    self._origin["dtype"],
+                    path.name[len(start) + 1 :],
+                    path,
+                )
+
+    def _add(self, worker: TextEncoder, captions: list[str], mesh: Mesh | None, bar: tqdm) -> int:
         """Embeds captions, stores them as one segment, and counts those that were cut."""
-        tokens = self._encoder.tokenize(captions)
-        starts = np.concatenate([[0], np.cumsum(tokens.mask.sum(axis=1))])
-        states = np.empty((starts[-1], self._encoder.width), np.float16)
-        for rows, batch in self._encoder.embed_in_batches(tokens):
+        tokens, dtype = worker.tokenize(captions), self._origin["dtype"]
+        starts = np.append(0, worker.text_mask(tokens.mask).sum(axis=1).cumsum()).astype(np.int64)
+        one = segments.rounded(np.zeros((1, worker.width), np.float32), dtype)
+        stored = {k: np.empty((starts[-1], *v.shape[1:]), v.dtype) for k, v in one.items()}
+        for rows, batch in worker.embed_in_batches(tokens, mesh):
             for row, emb in zip(rows, batch, strict=True):
-                states[starts[row] : starts[row + 1]] = emb[: starts[row + 1] - starts[row]]
-            progress.update(len(rows))
-        keys = np.stack([_key(caption) for caption in captions])
-        tensors = {"states": states, "starts": starts.astype(np.int64), "keys": keys}
-        name = blake2b(keys.tobytes(), digest_size=16).hexdigest()
-        temporary = self._folder / f".{uuid.uuid4().hex}.tmp"
-        try:
-            save_file(tensors, temporary, _header(self._encoder))
-            os.replace(temporary, self._folder / NAME.format(name))
-        finally:
-            temporary.unlink(missing_ok=True)
+                start, stop = starts[row : row + 2]
+                for name, part in segments.rounded(emb[: stop - start], dtype).items():
+                    stored[name][start:stop] = part
+            bar.update(len(rows))
+        if mesh is None or jax.process_index() == 0:
+            keys = np.stack([_key(caption) for caption in captions])
+            name = NAME.format(blake2b(keys.tobytes(), digest_size=16).hexdigest())
+            segments.write(self.folder / name, self._origin, keys, starts, stored)
         return int(tokens.truncated.sum())
 
     def _open(self):
         """Maps every segment and sorts their keys; damaged segments are remembered, not read."""
         self._segments, self._damaged = [], []
-        keys, places = [np.zeros((0, 2), np.uint64)], [np.zeros((0, 3), np.int64)]
-        for path in sorted(self._folder.glob(NAME.format("[0-9a-f]" * 32))):
+        keys, places = [np.zeros((0, 2), np.uint64)], [np.zeros((0, 2), np.int64)]
+        for path in sorted(self.folder.glob(NAME.format("[0-9a-f]" * 32))):
             try:
-                segment = _map(path)
+                segment = Segment(path)
             except (SafetensorError, ValueError, FileNotFoundError) as error:
                 log.warning("%s is damaged (%s); its captions must be embedded again.", path, error)
                 self._damaged.append(path)
                 continue
             except OSError as error:
                 raise UserError(
-                    f"Cannot read the embedding cache {str(self._folder)!r} ({error}); mend its"
+                    f"Cannot read the embedding cache {str(self.folder)!r} ({error}); mend its"
                     " permissions or choose another folder."
                 ) from error
-            _check_origin(self._folder, segment.header, _header(self._encoder))
-            number = np.full(len(segment.keys), len(self._segments))
-            places.append(np.stack([number, segment.starts[:-1], segment.starts[1:]], axis=1))
+            _check_origin(self.folder, segment.origin, self._origin)
+            number = np.full(len(segment), len(self._segments))
+            places.append(np.stack([number, np.arange(len(segment))], axis=1))
             keys.append(segment.keys)
             self._segments.append(segment)
         high, low = np.concatenate(keys).T
@@ -172,8 +241,8 @@ class EmbeddingCache:
         self._high, self._low = high[new], low[new]
         self._places = np.concatenate(places)[order][new]
 
-    def _find(self, caption: str) -> tuple[int, int, int] | None:
-        """(segment, start, stop) of the caption's states, or None."""
+    def _find(self, caption: str) -> tuple[int, int] | None:
+        """(segment, its n-th caption) of the caption's states, or None."""
         high, low = _key(caption)
         i = np.searchsorted(self._high, high)
         while i < len(self._high) and self._high[i] == high:
@@ -182,45 +251,44 @@ class EmbeddingCache:
             i += 1
         return None
 
+    def _read(self, caption: str) -> np.ndarray:
+        """The caption's states [l, D] float32; raises as `lookup` does."""
+        place = self._find(caption)
+        if place is None:
+            self._open()  # another process may have added segments since
+            place = self._find(caption)
+        if place is None:
+            raise UserError(
+                f"The caption {shortened(caption)} is not in the embedding cache"
+                f" {str(self.folder)!r}; embed the data set's captions before reading them."
+            )
+        segment = self._segments[place[0]]
+        try:
+            return segment.read(place[1])
+        except (SafetensorError, ValueError) as error:
+            self._remove(segment)
+            raise UserError(
+                f"{str(segment.path)!r} was damaged ({error}) and is removed; start again, which"
+                " embeds its captions again."
+            ) from error
 
-class _Segment(NamedTuple):
-    """A mapped file: `states` is sliced from disk, the rest is in memory."""
-
-    states: Any
-    starts: np.ndarray
-    keys: np.ndarray
-    header: dict[str, str]
-
-
-def _map(path: Path) -> _Segment:
-    """Opens a segment.
-
-    Raises:
-      SafetensorError: the file is cut short, or isn't a segment.
-      ValueError: its parts don't fit together.
-    """
-    file = safe_open(path, "np")
-    starts, keys = file.get_tensor("starts"), file.get_tensor("keys")
-    states, header = file.get_slice("states"), file.metadata() or {}
-    if keys.shape != (len(starts) - 1, 2) or [starts[-1]] != states.get_shape()[:1]:
-        raise ValueError("its parts don't fit together")
-    if header.keys() != {"made_by", "fingerprint"}:
-        raise ValueError("it does not say which encoder made it")
-    return _Segment(states, starts, keys, header)
-
-
-def _header(encoder: TextEncoder) -> dict[str, str]:
-    """What a segment says of its origin; the fingerprint decides, the rest is for messages."""
-    made_by = f"{encoder.name} with max_length {encoder.max_length}"
-    return {"made_by": made_by, "fingerprint": encoder.fingerprint}
+    def _remove(self, segment: Segment):
+        """Deletes a damaged segment."""
+        try:
+            segment.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{str(segment.path)!r} is damaged and can't be removed ({error.strerror}); remove"
+                " it and start again."
+            ) from error
 
 
 def _check_origin(folder: Path, found: dict[str, str], wanted: dict[str, str]):
     """Raises UserError where another encoder made what was found."""
     if found != wanted:
         theirs, ours = (
-            f"{header['made_by']} (fingerprint {header['fingerprint'][:8]})"
-            for header in (found, wanted)
+            f"{origin['made_by']} as {origin['dtype']} (fingerprint {origin['fingerprint'][:8]})"
+            for origin in (found, wanted)
         )
         raise UserError(
             f"The embedding cache {str(folder)!r} was made by {theirs}, not by {ours}; delete"

@@ -93,7 +93,10 @@ class TextEncoder(abc.ABC):
 
     @abc.abstractmethod
     def null(self) -> tuple[np.ndarray, np.ndarray]:
-        """The condition that stands for no text: (emb [L, D] float32, mask [L] bool)."""
+        """The condition that stands for no text: (emb [L, D] float32, mask [L] bool).
+
+        It is what `encode([""])` gives.
+        """
 
     def encode(self, prompts: Sequence[str], what: str = "prompt") -> tuple[np.ndarray, np.ndarray]:
         """Embeds prompts and says, by a logged warning, which were cut or empty.

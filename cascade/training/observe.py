@@ -11,7 +11,6 @@ import numpy as np
 
 from cascade.errors import UserError
 from cascade.images import contact_sheet, save_png, to_uint8
-from cascade.parallel import mesh as meshes
 from cascade.stage import summarise
 from cascade.training.metrics import Metrics, peak_flops
 
@@ -25,10 +24,15 @@ class Observer:
     """Logs, evaluates and samples at a run's intervals.
 
     Metrics stay on the device until they are logged, so that no step waits for the host.
+
+    Args:
+      put_batch: a batch of numpy arrays -> global arrays, captions' states among them.
+      start: steps done before.
+      evaluation: this process's held-out batches.
     """
 
-    def __init__(self, stage, config, workdir, mesh, start: int, evaluation: list[dict]):
-        self.stage, self.settings, self.mesh = stage, config.train, mesh
+    def __init__(self, stage, config, workdir, put_batch, start: int, evaluation: list[dict]):
+        self.stage, self.settings, self.put_batch = stage, config.train, put_batch
         self.workdir = pathlib.Path(workdir)
         self.metrics = Metrics(workdir, start)
         self.evaluation = evaluation
@@ -102,7 +106,7 @@ class Observer:
         rows = [
             self.evaluate(
                 state.ema_params,
-                meshes.put_batch(batch, self.mesh),
+                self.put_batch(batch),
                 jax.random.fold_in(self.eval_key, index),
             )[1]
             for index, batch in enumerate(self.evaluation)
@@ -114,7 +118,8 @@ class Observer:
     def _sample(self, step: int, state):
         """A sheet of samples beside the held-out pictures whose captions they were drawn from."""
         began = time.perf_counter()
-        batch = {k: v[: self.settings.sample_count] for k, v in self.evaluation[0].items()}
+        first = self.put_batch(self.evaluation[0])
+        batch = {k: np.asarray(v[: self.settings.sample_count]) for k, v in first.items()}
         cond = {k: v for k, v in batch.items() if k in ("text_emb", "text_mask", "lowres")}
         count = len(batch["image"])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.sample_key, jnp.arange(count))

@@ -22,6 +22,7 @@ from cascade.parallel.rules import shardings
 from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
 from cascade.text.encoders import ENCODERS
+from cascade.text.on_the_fly import Tokenized, encoded
 from cascade.training.checkpoint import Checkpoints
 from cascade.training.observe import Observer, due
 from cascade.training.optim import make_optimizer
@@ -46,7 +47,7 @@ PLACES = ("data_dir", "path", "files")
 def train(config, workdir, *, progress: bool = True):
     """Trains one stage until `config.train.steps`, resuming from `workdir` where it left off.
 
-    mesh → Stage → loader → eval_shape → shardings → init | restore → jit(train_step) → loop.
+    mesh → Stage → data → eval_shape → shardings → init | restore → jit(train_step) → loop.
 
     Args:
       config: an experiment's config, already checked by `cascade.config.load`.
@@ -61,16 +62,18 @@ def train(config, workdir, *, progress: bool = True):
     meshes.check_batch(settings.batch_size, settings.microbatches, mesh)
     encoder = registry.build("text encoder", ENCODERS, config.text)
     check_width(config, encoder)
-    stage = Stage(config.stage, encoder.null())
+    stage = Stage(config.stage)
     optimizer = make_optimizer(settings)
     create = functools.partial(init_state, stage, optimizer)
     abstract = jax.eval_shape(create, jax.random.key(config.seed))
     rules = [(pattern, P(*spec)) for pattern, spec in config.sharding_rules]
     placed = shardings(abstract, mesh, rules)
 
-    embeddings = EmbeddingCache(config.text_cache.folder, encoder)
-    batches = loader(config, embeddings, train=True)
-    evaluation = loader(config, embeddings, train=False)
+    sources = {train: make_source(config.data, train=train) for train in (True, False)}
+    texts, null_text = caption_arrays(config, encoder, mesh, sources.values())
+    stage = Stage(config.stage, null_text)
+    batches = loader(config, sources[True], texts, train=True)
+    evaluation = loader(config, sources[False], texts, train=False)
     evaluation = list(itertools.islice(evaluation, settings.eval_batches))
 
     checkpoints = Checkpoints(workdir, keep_last=settings.keep_last, keep_every=settings.keep_every)
@@ -91,7 +94,11 @@ def train(config, workdir, *, progress: bool = True):
         donate_argnums=0,
         out_shardings=(placed, meshes.replicated(mesh)),
     )
-    observer = Observer(stage, config, workdir, mesh, start, evaluation)
+
+    def placed_batch(batch):
+        return encoded(encoder, meshes.put_batch(batch, mesh))
+
+    observer = Observer(stage, config, workdir, placed_batch, start, evaluation)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     bar = tqdm(
         total=settings.steps, initial=start, unit="step", disable=not progress, smoothing=0.05
@@ -100,7 +107,7 @@ def train(config, workdir, *, progress: bool = True):
         try:
             for step in range(start + 1, settings.steps + 1):
                 with observer.waiting_for_input():
-                    batch = meshes.put_batch(next(batches), mesh)
+                    batch = placed_batch(next(batches))
                 state, metrics = step_fn(state, batch, key)
                 observer.after_step(step, state, metrics, bar)
                 bar.update()
@@ -124,18 +131,34 @@ def check_width(config, encoder):
         )
 
 
-def loader(config, embeddings: EmbeddingCache, *, train: bool):
-    """This process's share of the batches, their captions embedded where they weren't yet."""
+def caption_arrays(config, encoder, mesh, sources):
+    """Fills the cache of captions' states or, without one, gives the encoder its place on the mesh.
+
+    A full cache has the null condition too, so that training from it loads no encoder's weights.
+
+    Returns:
+      What turns captions into a batch's arrays: their states, or tokens to encode; and the null
+      condition (emb [L, D], mask [L]).
+    """
+    if not config.text_cache.folder:
+        encoder.place(mesh)
+        return Tokenized(encoder), encoder.null()
+    cache = EmbeddingCache(config.text_cache.folder, encoder, config.text_cache.dtype)
+    cache.ensure(["", *itertools.chain.from_iterable(map(captions_of, sources))], mesh)
+    (null_emb,), (null_mask,) = cache.lookup([""]).values()
+    return cache.lookup, (null_emb, null_mask)
+
+
+def loader(config, source, texts, *, train: bool):
+    """This process's share of a source's batches."""
     stage, processes = config.stage, jax.process_count()
-    source = make_source(config.data, train=train)
-    embeddings.ensure(captions_of(source))
     return make_loader(
         config.data,
         source=source,
         resolution=stage.resolution,
         lowres_resolution=stage.lowres_resolution,
         crop_resolution=stage.crop_resolution,
-        embedding=embeddings,
+        texts=texts,
         seed=config.seed,
         batch_size=config.train.batch_size // processes,
         train=train,

@@ -18,13 +18,12 @@ ROUNDING = 1e-3  # of float32 sums over values up to 255
 FLOAT32 = 1e-5
 
 
-class Texts:
-    """A stand-in for the embedding cache: an embedding that spells its caption."""
-
-    def lookup(self, caption: str):
-        codes = np.zeros((40, 1), np.float32)
-        codes[: len(caption), 0] = [ord(c) for c in caption]
-        return codes, codes[:, 0] > 0
+def spelling(captions):
+    """A stand-in for the embedding cache: embeddings that spell their captions."""
+    codes = np.zeros((len(captions), 40, 1), np.float32)
+    for row, caption in zip(codes, captions, strict=True):
+        row[: len(caption), 0] = [ord(c) for c in caption]
+    return {"text_emb": codes, "text_mask": codes[..., 0] > 0}
 
 
 def spelled(batch) -> list[str]:
@@ -72,7 +71,7 @@ def loader(data, **changes):
         resolution=8,
         lowres_resolution=0,
         crop_resolution=0,
-        embedding=Texts(),
+        texts=spelling,
         seed=0,
         batch_size=4,
         train=True,

@@ -1,23 +1,28 @@
 """The embedding cache with a toy encoder: round trips, kills, neighbours, damage, foreigners."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
 import signal
 from hashlib import sha256
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import cascade.text.cache as cache_module
 from cascade.errors import UserError
+from cascade.parallel.mesh import make_mesh
 from cascade.text.cache import EmbeddingCache
 from cascade.text.encoders import minilm
 from cascade.text.interface import TextEncoder, Tokens
+from cascade.text.segment import DTYPES, restored, rounded
 
 CAPTIONS = [f"caption {i} " + "word " * (i % 5) for i in range(30)]
 
@@ -25,19 +30,28 @@ CAPTIONS = [f"caption {i} " + "word " * (i % 5) for i in range(30)]
 class Toy(TextEncoder):
     """One token a word, whose states are drawn from a generator seeded by the word.
 
-    It counts the prompts that it tokenizes, and kills its own process at the `dies_at`-th.
+    It and its copies count the prompts that they tokenize, and kill their own process at the
+    `dies_at`-th.
     """
 
-    def __init__(self, max_length=6, dies_at=None):
+    def __init__(self, max_length=6, dies_at=None, scale=1.0, keep_padding=False):
         self.name, self.width, self.max_length = "toy", 3, max_length
-        self.tokenized, self.dies_at = 0, dies_at
+        self.dies_at, self.scale, self.keep_padding = dies_at, scale, keep_padding
+        self.batches = []
+
+    @property
+    def tokenized(self):
+        return sum(self.batches)
 
     @property
     def fingerprint(self):
         return sha256(f"toy {self.max_length}".encode()).hexdigest()
 
+    def text_mask(self, mask):
+        return mask | self.keep_padding
+
     def tokenize(self, prompts):
-        self.tokenized += len(prompts)
+        self.batches.append(len(prompts))
         if self.dies_at is not None and self.tokenized >= self.dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
         shape = (len(prompts), self.max_length)
@@ -52,7 +66,7 @@ class Toy(TextEncoder):
 
     def embed(self, ids, mask):
         drawn = [[np.random.default_rng(i).normal(size=self.width) for i in row] for row in ids]
-        return np.where(mask[..., None], np.float32(drawn), 0)
+        return np.where(self.text_mask(mask)[..., None], np.float32(drawn) * self.scale, 0)
 
     def save_tokenizer(self, folder):
         raise AssertionError("the cache has no business with the tokenizer's files")
@@ -66,32 +80,95 @@ def small_segments(monkeypatch):
     monkeypatch.setattr(cache_module, "SEGMENT", 8)
 
 
-def segments(folder, encoder=None):
+def opened(folder, encoder=None, dtype="float16"):
+    return EmbeddingCache(folder, encoder or Toy(), dtype)
+
+
+def segments(folder, encoder=None, dtype="float16"):
     """The files of an encoder's cache; the usual Toy's by default."""
-    own = (encoder or Toy()).fingerprint[:16]
+    own = f"{(encoder or Toy()).fingerprint[:16]}-{dtype}"
     return sorted((folder / own).glob("captions-*.safetensors"))
 
 
-def assert_holds(cache, captions, encoder):
+def as_stored(states, dtype):
+    """What a dtype makes of states [..., D], written again from its definition."""
+    if dtype != "int8":
+        return np.float32(states.astype(jnp.dtype(dtype)))
+    scales = np.abs(states).max(axis=-1, keepdims=True) / np.float32(127)
+    return np.float32(np.rint(states / np.where(scales, scales, 1))) * scales
+
+
+def assert_holds(cache, captions, encoder, dtype="float16"):
     emb, mask = encoder.encode(captions)
-    for i, caption in enumerate(captions):
-        cached_emb, cached_mask = cache.lookup(caption)
-        np.testing.assert_array_equal(cached_emb, np.float32(np.float16(emb[i])))
-        np.testing.assert_array_equal(cached_mask, mask[i])
-        assert cached_emb.dtype == np.float32 and cached_mask.dtype == bool
+    found = cache.lookup(captions)
+    np.testing.assert_array_equal(found["text_emb"], as_stored(emb, dtype))
+    np.testing.assert_array_equal(found["text_mask"], mask)
+    assert found["text_emb"].dtype == np.float32 and found["text_mask"].dtype == bool
 
 
-def test_round_trip(tmp_path):
-    cache = EmbeddingCache(tmp_path / "new" / "folder", Toy())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_round_trip(tmp_path, dtype):
+    folder = tmp_path / "new" / "folder"
+    cache = opened(folder, dtype=dtype)
+    cache.ensure([*CAPTIONS, ""])
+    assert len(cache) == 31 and len(segments(folder, dtype=dtype)) == 4
+    assert_holds(cache, [*CAPTIONS, ""], Toy(), dtype)
+    assert_holds(opened(folder, dtype=dtype), [*CAPTIONS, ""], Toy(), dtype)
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        (3, 5),
+        elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False),
+    )
+)
+def test_int8_is_off_by_half_a_scale_at_most(states):
+    stored = rounded(states, "int8")
+    assert stored["states"].dtype == np.int8
+    most = np.abs(states).max(axis=1, keepdims=True)
+    error = np.abs(np.float64(restored(**stored)) - states)
+    assert (error <= most / 254 * (1 + 1e-5) + 1e-35).all()  # float32 rounds, and ends at 1e-38
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [("float16", 1e6), ("float16", np.nan), ("int8", np.inf)]
+)
+def test_states_beyond_the_dtype_are_refused(tmp_path, dtype, scale):
+    with pytest.raises(UserError, match=f"states that {dtype} can't hold"):
+        opened(tmp_path, Toy(scale=scale), dtype).ensure(CAPTIONS)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_an_encoder_that_hands_on_padding_has_all_of_it_stored(tmp_path):
+    encoder = Toy(keep_padding=True)
+    cache = opened(tmp_path, encoder)
     cache.ensure(CAPTIONS)
-    assert len(cache) == 30 and len(segments(tmp_path / "new" / "folder")) == 4
-    assert_holds(cache, CAPTIONS, Toy())
-    assert_holds(EmbeddingCache(tmp_path / "new" / "folder", Toy()), CAPTIONS, Toy())
+    assert cache.tokens == 30 * encoder.max_length
+    assert cache.lookup(CAPTIONS)["text_mask"].all()
+    assert_holds(cache, CAPTIONS, encoder)
+
+
+def test_a_mesh_gives_the_same_and_keeps_no_weights(tmp_path):
+    encoder = minilm(max_length=16, weights="")
+    cache = opened(tmp_path, encoder)
+    cache.ensure(CAPTIONS, make_mesh(data=2, fsdp=2, tensor=2))
+    emb, mask = minilm(max_length=16, weights="").encode(CAPTIONS)
+    found = cache.lookup(CAPTIONS)
+    np.testing.assert_allclose(found["text_emb"], emb, rtol=2**-11, atol=1e-5)
+    np.testing.assert_array_equal(found["text_mask"], mask)
+    assert not {"_params", "_apply"} & vars(encoder).keys()
+
+
+def test_segments_have_a_size_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "SEGMENT_BYTES", 5 * 6 * 3 * 2)  # 5 captions of 6 states
+    opened(tmp_path).ensure(CAPTIONS)
+    assert len(segments(tmp_path)) == 6
 
 
 def test_round_trip_of_the_real_encoder(tmp_path):
     encoder = minilm(max_length=16, weights="")
-    cache = EmbeddingCache(tmp_path, encoder)
+    cache = opened(tmp_path, encoder)
     captions = ["a red apple", "", "ein Kätzchen 🐱", "word " * 40]
     cache.ensure(captions)
     assert_holds(cache, captions, encoder)
@@ -101,7 +178,7 @@ def test_round_trip_of_the_real_encoder(tmp_path):
 @given(st.lists(st.lists(st.text(max_size=12), max_size=12), max_size=3))
 def test_every_caption_is_embedded_once(tmp_path_factory, parts):
     encoder = Toy()
-    cache = EmbeddingCache(tmp_path_factory.mktemp("cache"), encoder)
+    cache = opened(tmp_path_factory.mktemp("cache"), encoder)
     for part in parts:
         cache.ensure(part + part)
     every = {caption for part in parts for caption in part}
@@ -111,28 +188,28 @@ def test_every_caption_is_embedded_once(tmp_path_factory, parts):
 
 def test_captions_are_stored_as_halves_without_padding(tmp_path):
     encoder = Toy(max_length=1000)
-    EmbeddingCache(tmp_path, encoder).ensure(["one two three"] * 2 + ["four"])
+    opened(tmp_path, encoder).ensure(["one two three"] * 2 + ["four"])
     (segment,) = segments(tmp_path, encoder)
     states = load_file(segment)["states"]
     assert states.dtype == np.float16 and states.shape == (4, 3)
 
 
 def test_a_missing_caption_is_named(tmp_path):
-    cache = EmbeddingCache(tmp_path, Toy())
+    cache = opened(tmp_path)
     cache.ensure(CAPTIONS)
     assert "a cat" not in cache
     with pytest.raises(UserError, match="'a cat' is not in the embedding cache"):
-        cache.lookup("a cat")
+        cache.lookup(["a cat"])
 
 
 def test_a_reader_finds_what_another_adds(tmp_path):
-    reader = EmbeddingCache(tmp_path, Toy())
-    EmbeddingCache(tmp_path, Toy()).ensure(CAPTIONS)
+    reader = opened(tmp_path)
+    opened(tmp_path).ensure(CAPTIONS)
     assert_holds(reader, CAPTIONS, Toy())
 
 
 def test_a_pickled_copy_reads_the_same(tmp_path):
-    cache = EmbeddingCache(tmp_path, Toy())
+    cache = opened(tmp_path)
     cache.ensure(CAPTIONS)
     packed = pickle.dumps(cache)
     assert len(packed) < 2000
@@ -142,7 +219,7 @@ def test_a_pickled_copy_reads_the_same(tmp_path):
 def build(folder, dies_at):
     """A process of its own that embeds all captions, or dies on the way."""
     cache_module.SEGMENT = 8
-    EmbeddingCache(folder, Toy(dies_at=dies_at)).ensure(CAPTIONS)
+    opened(folder, Toy(dies_at=dies_at)).ensure(CAPTIONS)
 
 
 def start(folder, dies_at=None):
@@ -156,7 +233,7 @@ def test_a_killed_run_keeps_its_segments_and_is_completed(tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     encoder = Toy()
-    cache = EmbeddingCache(tmp_path, encoder)
+    cache = opened(tmp_path, encoder)
     assert len(cache) == 16
     cache.ensure(CAPTIONS)
     assert encoder.tokenized == 14
@@ -168,7 +245,7 @@ def test_two_processes_build_one_cache(tmp_path):
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    cache = EmbeddingCache(tmp_path, Toy())
+    cache = opened(tmp_path)
     assert len(cache) == 30
     assert_holds(cache, CAPTIONS, Toy())
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -179,22 +256,22 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=r"No space left on device.*make room"):
-        EmbeddingCache(tmp_path, Toy()).ensure(CAPTIONS)
+        opened(tmp_path).ensure(CAPTIONS)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Cannot write the embedding cache"):
-        EmbeddingCache(tmp_path / "file", Toy()).ensure(CAPTIONS)
+        opened(tmp_path / "file").ensure(CAPTIONS)
 
 
 def test_encoders_share_a_folder(tmp_path):
     for missing in (30, 0):  # the second time, each finds its own
         for encoder in (Toy(max_length=6), Toy(max_length=3)):
-            cache = EmbeddingCache(tmp_path, encoder)
+            cache = opened(tmp_path, encoder)
             cache.ensure(CAPTIONS)
             assert encoder.tokenized == missing
             assert_holds(cache, CAPTIONS, encoder)
@@ -202,30 +279,102 @@ def test_encoders_share_a_folder(tmp_path):
 
 def test_segments_of_another_encoder_are_refused(tmp_path):
     theirs, ours = Toy(max_length=6), Toy(max_length=7)
-    EmbeddingCache(tmp_path, theirs).ensure(CAPTIONS)
-    segments(tmp_path, theirs)[0].parent.rename(tmp_path / ours.fingerprint[:16])
+    opened(tmp_path, theirs).ensure(CAPTIONS)
+    segments(tmp_path, theirs)[0].parent.rename(opened(tmp_path, ours).folder)
     with pytest.raises(UserError, match=r"max_length 6 .*, not by toy with max_length 7 .*delete"):
-        EmbeddingCache(tmp_path, ours)
+        opened(tmp_path, ours)
 
 
 @pytest.mark.parametrize("left", [0, 5, 100, -1])
 def test_a_truncated_segment_is_noticed_and_made_again(tmp_path, caplog, left):
-    EmbeddingCache(tmp_path, Toy()).ensure(CAPTIONS)
+    opened(tmp_path).ensure(CAPTIONS)
     victim = segments(tmp_path)[0]
     victim.write_bytes(victim.read_bytes()[:left])
     encoder = Toy()
-    cache = EmbeddingCache(tmp_path, encoder)
+    cache = opened(tmp_path, encoder)
     assert f"{victim} is damaged" in caplog.text
     lost = [caption for caption in CAPTIONS if caption not in cache]
     assert len(lost) in (6, 8)
     cache.ensure(CAPTIONS)
     assert encoder.tokenized == len(lost)
-    assert_holds(EmbeddingCache(tmp_path, Toy()), CAPTIONS, Toy())
+    assert_holds(opened(tmp_path), CAPTIONS, Toy())
 
 
-@pytest.mark.parametrize("change", ["states", "keys", "header"])
+@given(st.data())
+@settings(max_examples=100)
+def test_a_flipped_bit_is_never_handed_on(tmp_path_factory, data):
+    folder, dtype = tmp_path_factory.mktemp("cache"), data.draw(st.sampled_from(list(DTYPES)))
+    opened(folder, dtype=dtype).ensure(CAPTIONS[:8])
+    (victim,) = segments(folder, dtype=dtype)
+    contents = bytearray(victim.read_bytes())
+    contents[data.draw(st.integers(0, len(contents) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    victim.write_bytes(contents)
+
+    cache = opened(folder, dtype=dtype)
+    for caption in CAPTIONS[:8]:  # notices, or isn't concerned
+        if caption in cache:
+            with contextlib.suppress(UserError):
+                assert_holds(cache, [caption], Toy(), dtype)
+    cache.verify(progress=False)
+    cache.ensure(CAPTIONS[:8])
+    assert_holds(opened(folder, dtype=dtype), CAPTIONS[:8], Toy(), dtype)
+
+
+def with_a_flipped_state(folder, caption):
+    """A filled cache, and its segment in which a state of the caption differs in one bit."""
+    opened(folder).ensure(CAPTIONS)
+    (state,) = np.float16(Toy().encode([caption])[0][0, 1:2])
+    for victim in segments(folder):
+        contents = victim.read_bytes()
+        at = contents.find(state.tobytes())
+        if at >= 0:
+            flipped = bytearray(contents)
+            flipped[at] ^= 1
+            victim.write_bytes(flipped)
+            return victim
+    raise AssertionError("no segment holds the caption")
+
+
+def test_damaged_states_are_noticed_when_they_are_used_and_made_again(tmp_path):
+    victim = with_a_flipped_state(tmp_path, CAPTIONS[17])
+    cache = opened(tmp_path)
+    assert_holds(cache, CAPTIONS[:8], Toy())
+    with pytest.raises(UserError, match=r"damaged.*start again") as caught:
+        cache.lookup([CAPTIONS[17]])
+    assert str(victim) in str(caught.value) and not victim.exists()
+    encoder = Toy()
+    opened(tmp_path, encoder).ensure(CAPTIONS)
+    assert encoder.tokenized == 8
+    assert_holds(opened(tmp_path), CAPTIONS, Toy())
+
+
+def test_verifying_finds_damage_that_nobody_used(tmp_path, caplog):
+    victim = with_a_flipped_state(tmp_path, CAPTIONS[17])
+    cache = opened(tmp_path)
+    assert len(cache) == 30
+    cache.verify(progress=False)
+    assert f"{victim} is damaged" in caplog.text and len(cache) == 22
+    cache.ensure(CAPTIONS)
+    assert_holds(cache, CAPTIONS, Toy())
+
+
+def test_the_same_captions_in_another_dtype_are_pointed_at(tmp_path, caplog):
+    opened(tmp_path, dtype="int8").ensure(CAPTIONS)
+    assert not caplog.text
+    opened(tmp_path, dtype="bfloat16").ensure(CAPTIONS)
+    assert "30 captions aren't stored as bfloat16" in caplog.text
+    assert "config.text_cache.dtype to 'int8'" in caplog.text
+
+
+def test_a_cache_of_an_earlier_version_is_pointed_at(tmp_path, caplog):
+    (tmp_path / Toy().fingerprint[:16]).mkdir()
+    opened(tmp_path).ensure(CAPTIONS)
+    assert "is of an earlier version and isn't read; delete it" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["states", "keys", "header", "checks"])
 def test_a_segment_whose_parts_disagree_is_made_again(tmp_path, caplog, change):
-    EmbeddingCache(tmp_path, Toy()).ensure(CAPTIONS[:8])
+    opened(tmp_path).ensure(CAPTIONS[:8])
     (victim,) = segments(tmp_path)
     with safe_open(victim, "np") as file:
         header = file.metadata()
@@ -235,18 +384,18 @@ def test_a_segment_whose_parts_disagree_is_made_again(tmp_path, caplog, change):
     else:
         tensors[change] = tensors[change][1:].copy()
     save_file(tensors, victim, header)
-    cache = EmbeddingCache(tmp_path, Toy())
+    cache = opened(tmp_path)
     assert len(cache) == 0 and "is damaged" in caplog.text
     cache.ensure(CAPTIONS[:8])
     assert_holds(cache, CAPTIONS[:8], Toy())
 
 
 def test_captions_stored_twice_are_counted_once(tmp_path):
-    EmbeddingCache(tmp_path / "a", Toy()).ensure(CAPTIONS[:8])
-    EmbeddingCache(tmp_path / "b", Toy()).ensure(CAPTIONS[4:12])
+    opened(tmp_path / "a").ensure(CAPTIONS[:8])
+    opened(tmp_path / "b").ensure(CAPTIONS[4:12])
     for segment in segments(tmp_path / "b"):
         segment.rename(tmp_path / "a" / segment.relative_to(tmp_path / "b"))
-    cache = EmbeddingCache(tmp_path / "a", Toy())
+    cache = opened(tmp_path / "a")
     assert len(cache) == 12
     assert_holds(cache, CAPTIONS[:12], Toy())
 
@@ -254,25 +403,23 @@ def test_captions_stored_twice_are_counted_once(tmp_path):
 def test_keys_that_agree_in_their_first_half_are_told_apart(tmp_path, monkeypatch):
     whole = cache_module._key
     monkeypatch.setattr(cache_module, "_key", lambda c: whole(c) * np.array([0, 1], np.uint64))
-    cache = EmbeddingCache(tmp_path, Toy())
+    cache = opened(tmp_path)
     cache.ensure(CAPTIONS)
     assert len(cache) == 30 and "a cat" not in cache
     assert_holds(cache, CAPTIONS, Toy())
 
 
 def test_cut_captions_are_counted(tmp_path, caplog):
-    EmbeddingCache(tmp_path, Toy(max_length=3)).ensure(
-        ["one", "one two three", "a b c d", "a b c d e"]
-    )
+    opened(tmp_path, Toy(max_length=3)).ensure(["one", "one two three", "a b c d", "a b c d e"])
     assert "2 of 4 captions are longer than the 3 tokens that toy reads" in caplog.text
 
 
 def test_progress_is_shown(tmp_path, capsys):
-    EmbeddingCache(tmp_path, Toy()).ensure(CAPTIONS)
+    opened(tmp_path).ensure(CAPTIONS)
     shown = capsys.readouterr().err
     assert "30/30" in shown and "caption/s" in shown
 
 
 def test_a_caption_with_a_surrogate_is_refused(tmp_path):
     with pytest.raises(UserError, match="surrogate"):
-        EmbeddingCache(tmp_path, Toy()).ensure(["fine", "\ud800"])
+        opened(tmp_path).ensure(["fine", "\ud800"])
