@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import sys
+import tempfile
 from pathlib import Path
 
 import ml_dtypes
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from cascade.errors import UserError
 from cascade.interop import folders
@@ -320,3 +321,33 @@ def test_without_the_extra_its_name_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'cascade-imagen\[hub\]'"):
         resolve("google/flan-t5-xl")
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=6),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    piece=st.integers(1, 200),
+    limit=st.integers(1, 3000),
+)
+def test_what_is_written_piece_by_piece_is_read(tmp_path, shapes, dtype, piece, limit):
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    rng = np.random.default_rng(0)
+    values = {f"t{i}": rng.normal(size=shape).astype(dtype) for i, shape in enumerate(shapes)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders, "PIECE_BYTES", piece)
+        names = folders.write_weights(folder, "model", values, lambda n, p: values[n][p], limit)
+    assert sorted(names) == sorted(path.name for path in folder.iterdir())
+    loaded = {}
+    for path in folder.glob("*.safetensors"):
+        held = load_file(path)
+        assert len(held) == 1 or sum(value.nbytes for value in held.values()) <= limit
+        loaded |= held
+    weights = open_weights(folder)
+    assert weights.names() == sorted(values) == sorted(loaded)
+    for name, value in values.items():
+        np.testing.assert_array_equal(weights.read(name), value)
+        np.testing.assert_array_equal(loaded[name], value)
