@@ -3,6 +3,7 @@
     cascade.json              version, each stage's config, training length, files; text encoder
     stage0-00001.safetensors  averaged (EMA) weights, parameter paths joined by "/"
     tokenizer/…               the text encoder's tokenizer files
+    text_encoder/…            its weights, where they don't come with the package
 
 Loading runs no code from the folder and believes nothing it says: names must stay inside the
 folder, bytes must match their sums (`cascade.manifest`), and the tensors must be, to a name and a
@@ -10,7 +11,7 @@ shape, what the config's network needs (`cascade.shards`).
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from cascade.shards import DTYPES, check_shapes, named, read_shards, write_shard
 from cascade.stage import Stage
 from cascade.text.encoders import ENCODERS, TextEncoder
 
+WEIGHTS = "text_encoder"
 SHARD_BYTES = 16_000_000  # the usual limit of code hosts and mail is above this
 
 
@@ -87,6 +89,7 @@ def save_bundle(
     *,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
+    text_weights: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """Writes a bundle, as a whole or not at all.
@@ -99,7 +102,9 @@ def save_bundle(
         tells whether the loader has the same weights.
       text_encoder: the encoder itself.
       dtype: "float32", or "bfloat16" for half the size at 8 bits of precision.
-      shard_bytes: the most that one weight file may take; a larger tensor is cut to pieces.
+      shard_bytes: the most that one file of a stage may take; a larger tensor is cut to pieces.
+      text_weights: carry the text encoder's weights, in the dtype it uses, unless they come with
+        the package. A bundle without them is loaded with `text_encoder=`.
       overwrite: replace a bundle that is there. It is lost only once the new one is in place.
 
     Returns:
@@ -113,14 +118,14 @@ def save_bundle(
         raise UserError(f"A bundle can't hold {dtype!r} weights; choose float32 or bfloat16.")
     check_fit(stages, text_encoder)
     with whole_folder(folder, kind="bundle", mark="cascade.json", overwrite=overwrite) as new:
-        (new / "tokenizer").mkdir()
-        text_encoder.save_tokenizer(new / "tokenizer")
-        tokenizer = sorted(p for p in (new / "tokenizer").rglob("*") if p.is_file())
         contents = {
             "text": {
                 "section": {**text, **({"weights": ""} if "weights" in text else {})},
                 "fingerprint": text_encoder.fingerprint,
-                "files": [manifest.file_entry(new, path) for path in tokenizer],
+                "files": _entries(new, "tokenizer", text_encoder.save_tokenizer),
+                "weights": _entries(new, WEIGHTS, text_encoder.save_weights)
+                if text_weights
+                else [],
             },
             "stages": [
                 _save_stage(new, i, trained, dtype, shard_bytes) for i, trained in enumerate(stages)
@@ -128,6 +133,16 @@ def save_bundle(
         }
         manifest.write(new, contents)
     return Path(folder).resolve()
+
+
+def _entries(folder: Path, name: str, save: Callable[[Path], list[str]]) -> list[dict]:
+    """How cascade.json names what `save` writes into a folder of that name, if it writes any."""
+    (folder / name).mkdir()
+    save(folder / name)
+    paths = sorted(path for path in (folder / name).rglob("*") if path.is_file())
+    if not paths:
+        (folder / name).rmdir()
+    return [manifest.file_entry(folder, path) for path in paths]
 
 
 def _save_stage(folder: Path, index: int, trained: TrainedStage, dtype: str, limit: int) -> dict:
@@ -149,19 +164,20 @@ def load_bundle(folder: str | os.PathLike, text_encoder: TextEncoder | None = No
     Args:
       folder: a folder that `save_bundle` wrote.
       text_encoder: an encoder to use in place of the one that the bundle names, for encoders
-        whose weights the user keeps; it must have the same fingerprint.
+        whose weights the user keeps; it must have the same fingerprint. Weights that the bundle
+        carries are then not looked at.
 
     Raises:
       UserError: anything is missing, damaged, foreign, untrained or doesn't fit, by name.
     """
     folder = Path(folder)
     contents = manifest.read(folder)
-    types = {"section": dict, "fingerprint": str, "files": list}
+    types = {"section": dict, "fingerprint": str, "files": list, "weights": list}
     text = manifest.fields("text", contents["text"], types)
     for i, entry in enumerate(text["files"]):
         manifest.read_file(folder, f"tokenizer file {i}", entry)
     if text_encoder is None:
-        text_encoder = _build_encoder(text["section"])
+        text_encoder = _build_encoder(folder, text["section"], text["weights"])
     if text_encoder.fingerprint != text["fingerprint"]:
         raise UserError(
             f"The text encoder {text_encoder.name!r} isn't the one that {str(folder)!r} was trained"
@@ -172,13 +188,25 @@ def load_bundle(folder: str | os.PathLike, text_encoder: TextEncoder | None = No
     return Bundle(stages, text["section"], text_encoder)
 
 
-def _build_encoder(section: Mapping[str, Any]) -> TextEncoder:
-    """The text encoder a bundle names; it may not name a weights file, least of all by path."""
+def _build_encoder(folder: Path, section: Mapping[str, Any], carried: list) -> TextEncoder:
+    """The text encoder a bundle names, from the weights it carries, if any.
+
+    It may not itself say where weights are, least of all by a path or a hub id.
+    """
     if section.get("weights"):
         raise UserError(
             f"The bundle names a text encoder's weights file ({str(section['weights'])[:80]!r}), "
             "which a bundle may not do; write it again with `cascade bundle`."
         )
+    for i, entry in enumerate(carried):
+        name = manifest.check_file(folder, f"text encoder file {i}", entry)
+        if not name.startswith(f"{WEIGHTS}/"):
+            raise UserError(
+                f"The bundle's text encoder has the file {name!r}, which isn't in {WEIGHTS}; "
+                "write the bundle again with `cascade bundle`."
+            )
+    if carried:  # an absolute path can't be taken for a hub id
+        section = {**section, "weights": str((folder / WEIGHTS).resolve())}
     return build("text encoder", ENCODERS, section)
 
 

@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cascade.digests import remembered
 from cascade.errors import UserError
 from cascade.shards import write_durably
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+WITHOUT_TEXT_WEIGHTS = 1  # the version that couldn't carry a text encoder's weights
 MANIFEST_BYTES = 4_000_000  # a cascade.json is a few kilobytes; more isn't read
 BLANK = "0" * 64  # stands for cascade.json's own sum while that is computed
 FILE_ENTRY = {"name": str, "bytes": int, "sha256": str}
-SAFE_NAME = re.compile(r"(tokenizer/)?[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
+SAFE_NAME = re.compile(r"(tokenizer/|text_encoder/)?[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
 
 
 def write(folder: Path, contents: Mapping[str, Any]):
@@ -61,7 +63,7 @@ def read(folder: Path) -> dict:
             f"{str(path)!r} can't be read as JSON ({error}); get the bundle again, whole."
         ) from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION or isinstance(version, (bool, float)):
+    if type(version) is not int or version not in (WITHOUT_TEXT_WEIGHTS, FORMAT_VERSION):
         raise UserError(
             f"{str(path)!r} says format version {version!r} and this program reads "
             f"{FORMAT_VERSION}; update cascade, or write the bundle again."
@@ -74,6 +76,8 @@ def read(folder: Path) -> dict:
             f"{str(path)!r} was changed or damaged since it was written (its sha256 is wrong); "
             "get the bundle again, or write it anew with `cascade bundle`."
         )
+    if version == WITHOUT_TEXT_WEIGHTS:
+        manifest["text"].setdefault("weights", [])
     return manifest
 
 
@@ -110,6 +114,38 @@ def read_file(folder: Path, where: str, entry: Any) -> tuple[str, bytes]:
     Raises:
       UserError: the name may lead out of the folder, or the file is missing or damaged.
     """
+    path = _located(folder, where, entry)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(entry["name"], error) from error
+    _check_sum(entry, hashlib.sha256(data).hexdigest())
+    return entry["name"], data
+
+
+def check_file(folder: Path, where: str, entry: Any) -> str:
+    """Name of a file that cascade.json names, too large to be read whole, once it is proved.
+
+    Its sum is taken again only once the file has changed (`cascade.digests`).
+
+    Raises:
+      UserError: as `read_file`.
+    """
+    path = _located(folder, where, entry)
+
+    def digest() -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    try:
+        _check_sum(entry, remembered("sha256", [path], digest))
+    except OSError as error:
+        raise _unreadable(entry["name"], error) from error
+    return entry["name"]
+
+
+def _located(folder: Path, where: str, entry: Any) -> Path:
+    """The path of a file that cascade.json names, in the folder and of the right size."""
     fields(where, entry, FILE_ENTRY)
     name = entry["name"]
     path = folder / name
@@ -123,18 +159,25 @@ def read_file(folder: Path, where: str, entry: Any) -> tuple[str, bytes]:
         if not path.is_file():
             raise UserError(f"The bundle has no file {name!r}; get the bundle again, whole.")
         size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise UserError(
-                f"{name!r} has {size} bytes where {entry['bytes']} were written (a broken copy?); "
-                "get the bundle again, whole."
-            )
-        data = path.read_bytes()
     except OSError as error:
+        raise _unreadable(name, error) from error
+    if size != entry["bytes"]:
         raise UserError(
-            f"Can't read {name!r} of the bundle ({error.strerror}); check its permissions."
-        ) from error
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise UserError(
-            f"{name!r} is damaged (its sha256 differs from cascade.json's); get the bundle again."
+            f"{name!r} has {size} bytes where {entry['bytes']} were written (a broken copy?); "
+            "get the bundle again, whole."
         )
-    return name, data
+    return path
+
+
+def _unreadable(name: str, error: OSError) -> UserError:
+    return UserError(
+        f"Can't read {name!r} of the bundle ({error.strerror}); check its permissions."
+    )
+
+
+def _check_sum(entry: Mapping[str, Any], digest: str):
+    if digest != entry["sha256"]:
+        raise UserError(
+            f"{entry['name']!r} is damaged (its sha256 differs from cascade.json's); get the "
+            "bundle again."
+        )

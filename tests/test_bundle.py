@@ -49,7 +49,8 @@ def reseal(folder: Path, edit):
     """Rewrites cascade.json with right sums: what a malicious maker would do."""
     manifest = json.loads((folder / "cascade.json").read_text())
     manifest = edit(manifest) or manifest
-    for entries in [manifest["text"]["files"], *(s["files"] for s in manifest["stages"])]:
+    text = manifest["text"]
+    for entries in [text["files"], text["weights"], *(s["files"] for s in manifest["stages"])]:
         for entry in entries:
             path = folder / entry["name"]
             if os.path.isfile(path):  # False for a name that no file can have
@@ -206,9 +207,18 @@ def test_a_foreign_cascade_json(folder, text):
 
 
 def test_a_newer_format_says_so(folder):
-    reseal(folder, lambda m: m.update(format_version=2))
-    with pytest.raises(UserError, match="version 2"):
+    reseal(folder, lambda m: m.update(format_version=3))
+    with pytest.raises(UserError, match="version 3"):
         load(folder)
+
+
+def test_the_format_before_text_weights_is_read(folder, stages):
+    manifest = json.loads((folder / "cascade.json").read_text())
+    manifest["format_version"] = 1
+    assert manifest["text"].pop("weights") == []
+    seal(folder, manifest)
+    loaded = load(folder)
+    jax.tree.map(np.testing.assert_array_equal, loaded.stages[0].params, stages[0].params)
 
 
 @pytest.mark.parametrize(
