@@ -45,7 +45,7 @@ def embed(ctx, spec, out, dtype):
     from cascade.embed import embed as run
 
     loaded = config.load(spec, ctx.args)
-    run(loaded, out, dtype=dtype or loaded.text_cache.dtype)
+    click.echo(run(loaded, out, dtype=dtype))
 
 
 COMMANDS = (data, embed)

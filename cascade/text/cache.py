@@ -12,9 +12,11 @@ when they are looked up, anywhere by `verify`. A damaged segment is made again, 
 
 import copy
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -31,9 +33,21 @@ from cascade.text.segment import DTYPES, Segment
 log = logging.getLogger(__name__)
 
 NAME = "captions-{}.safetensors"
+TINY = np.finfo(np.float64).tiny
 # What a killed run may have to compute again, and what is held in memory until it is written.
 SEGMENT = 4096  # captions
 SEGMENT_BYTES = 2**30  # if all of them were as long as they may be
+
+
+class Added(NamedTuple):
+    """What `EmbeddingCache.ensure` stored: how many captions, how many were cut, how well.
+
+    `error` is ‖stored − float32‖ / ‖float32‖ over all their states; 0 where there are none.
+    """
+
+    captions: int = 0
+    truncated: int = 0
+    error: float = 0.0
 
 
 class EmbeddingCache:
@@ -101,7 +115,9 @@ class EmbeddingCache:
             emb[row, : len(states)], mask[row, : len(states)] = states, True
         return {"text_emb": emb, "text_mask": mask}
 
-    def ensure(self, captions: Iterable[str], mesh: Mesh | None = None, *, progress: bool = True):
+    def ensure(
+        self, captions: Iterable[str], mesh: Mesh | None = None, *, progress: bool = True
+    ) -> Added:
         """Embeds the captions that are missing, a segment at a time, and stores each segment.
 
         Args:
@@ -116,14 +132,14 @@ class EmbeddingCache:
         self._open()
         missing = self._missing(captions, mesh)
         if not missing:
-            return
+            return Added()
         self._tell_siblings(len(missing))
         worker = copy.copy(self._encoder)  # the weights that it loads leave the devices with it
         if mesh is not None:
             worker.place(mesh)
         state_bytes = DTYPES[self._origin["dtype"]][0].itemsize * worker.width
         together = max(1, min(SEGMENT, SEGMENT_BYTES // (worker.max_length * state_bytes)))
-        truncated = 0
+        truncated, squares = 0, np.zeros(2)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self._damaged:
@@ -132,7 +148,9 @@ class EmbeddingCache:
                 total=len(missing), desc="Embedding captions", unit="caption", disable=not progress
             ) as bar:
                 for start in range(0, len(missing), together):
-                    truncated += self._add(worker, missing[start : start + together], mesh, bar)
+                    part = missing[start : start + together]
+                    cut, difference = self._add(worker, part, mesh, bar)
+                    truncated, squares = truncated + cut, squares + difference
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"Cannot write the embedding cache {str(self.folder)!r} ({error}); make room or"
@@ -156,6 +174,7 @@ class EmbeddingCache:
                 f" cache {str(self.folder)!r}; choose a folder that all processes share, or"
                 " config.text_cache.folder='' to encode captions as they are needed."
             )
+        return Added(len(missing), truncated, math.sqrt(squares[0] / max(squares[1], TINY)))
 
     def verify(self, *, progress: bool = True):
         """Reads every caption's states, and removes the segments where one is damaged."""
@@ -194,23 +213,35 @@ class EmbeddingCache:
                     path,
                 )
 
-    def _add(self, worker: TextEncoder, captions: list[str], mesh: Mesh | None, bar: tqdm) -> int:
-        """Embeds captions, stores them as one segment, and counts those that were cut."""
+    def _add(
+        self, worker: TextEncoder, captions: list[str], mesh: Mesh | None, bar: tqdm
+    ) -> tuple[int, np.ndarray]:
+        """Embeds captions and stores them as one segment.
+
+        Returns:
+          How many were cut; and (‖stored − float32‖², ‖float32‖²) of their states.
+        """
         tokens, dtype = worker.tokenize(captions), self._origin["dtype"]
         starts = np.append(0, worker.text_mask(tokens.mask).sum(axis=1).cumsum()).astype(np.int64)
         one = segments.rounded(np.zeros((1, worker.width), np.float32), dtype)
         stored = {k: np.empty((starts[-1], *v.shape[1:]), v.dtype) for k, v in one.items()}
+        squares = np.zeros(2)
         for rows, batch in worker.embed_in_batches(tokens, mesh):
             for row, emb in zip(rows, batch, strict=True):
                 start, stop = starts[row : row + 2]
-                for name, part in segments.rounded(emb[: stop - start], dtype).items():
+                states = emb[: stop - start]
+                kept = segments.rounded(states, dtype)
+                squares += [
+                    (part**2).sum() for part in (segments.restored(**kept) - states, states)
+                ]
+                for name, part in kept.items():
                     stored[name][start:stop] = part
             bar.update(len(rows))
         if mesh is None or jax.process_index() == 0:
             keys = np.stack([_key(caption) for caption in captions])
             name = NAME.format(blake2b(keys.tobytes(), digest_size=16).hexdigest())
             segments.write(self.folder / name, self._origin, keys, starts, stored)
-        return int(tokens.truncated.sum())
+        return int(tokens.truncated.sum()), squares
 
     def _open(self):
         """Maps every segment and sorts their keys; damaged segments are remembered, not read."""

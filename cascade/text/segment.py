@@ -61,7 +61,7 @@ def rounded(states: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
     return stored
 
 
-def restored(states: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+def restored(states: np.ndarray, scales: np.ndarray | None = None) -> np.ndarray:
     """The float32 states [l, D] that stored ones stand for."""
     states = states.astype(np.float32)
     return states if scales is None else states * scales[:, None]
