@@ -3,6 +3,15 @@
 Attention's group norm over text has 32 groups in diffusers, so no text is less than 32 wide.
 """
 
+import jax
+import numpy as np
+
+from cascade.diffusion.schedules import timestep_logsnrs
+from cascade.interop.deepfloyd import stage_section
+from cascade.interop.folders import open_weights, read_json
+from cascade.interop.if_weights import read_params
+from cascade.stage import Stage
+
 RESNET = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
 ATTENDS = ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D")
 
@@ -82,3 +91,67 @@ CASES = {
         "ar", resnet_skip_time_act=True, attention_head_dim=32, sample_size=8
     ),
 }
+
+
+SMALLEST = {
+    "sample_size": 8,
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 32,
+    "encoder_hid_dim": 32,
+    "time_embedding_dim": 16,
+    "addition_embed_type_num_heads": 4,
+}
+GOLDEN = {"stage_1": unet("ra", **SMALLEST), "stage_2": super_resolution("ra", **SMALLEST)}
+
+
+def read_stage(folder, betas="squaredcos_cap_v2", text_length=7) -> tuple[Stage, dict]:
+    """Our stage of a folder that diffusers' U-Net was saved to, and its parameters."""
+    description = read_json(folder, "config.json")
+    later = description["in_channels"] == 6
+    variance = "learned_range" if description["out_channels"] == 6 else "fixed_small"
+    descriptions = {"unet": description, "scheduler": {"variance_type": variance}}
+    if later:
+        descriptions["image_noising_scheduler"] = {}
+    for name in descriptions:
+        if "scheduler" in name:
+            descriptions[name]["beta_schedule"] = betas
+    section = stage_section(
+        "folder",
+        descriptions,
+        lowres_resolution=description["sample_size"] // 4 if later else 0,
+        text_length=text_length,
+        dtype="float32",
+    )
+    stage = Stage(section)
+    template = jax.eval_shape(stage.init, jax.random.key(0))
+    levels = len(section.network.channel_mults)
+    params = read_params(open_weights(folder), template, levels)
+    return stage, jax.tree.map(np.asarray, params)
+
+
+def inputs(stage: Stage) -> dict[str, np.ndarray]:
+    """What a U-Net is given: two pictures at two timesteps, and texts."""
+    rng = np.random.default_rng(0)
+    size, text = stage.config.resolution, (stage.config.text_length, stage.config.text_width)
+    given = {
+        "z_t": rng.normal(size=(2, size, size, 3)).astype(np.float32),
+        "timesteps": np.array([990, 37]),
+        "noise_levels": np.array([250, 0]),
+        "text_emb": rng.normal(size=(2, *text)).astype(np.float32),
+    }
+    if not stage.is_base:
+        given["lowres"] = rng.normal(size=(2, size, size, 3)).astype(np.float32)
+    return given
+
+
+def output(stage: Stage, params, given: dict) -> np.ndarray:
+    """What our network makes of `inputs`."""
+    logsnrs = timestep_logsnrs(stage.config.network.noise_embedding, 1000)
+    text_emb = given["text_emb"]
+    cond = {"text_emb": text_emb, "text_mask": np.ones(text_emb.shape[:2], bool)}
+    if not stage.is_base:
+        cond |= {"lowres": given["lowres"], "aug_logsnr": logsnrs[given["noise_levels"]]}
+    apply = jax.jit(stage.network.apply)
+    return np.asarray(apply({"params": params}, given["z_t"], logsnrs[given["timesteps"]], cond))

@@ -28,7 +28,8 @@ from cascade.text.encoders import ENCODERS
 
 log = logging.getLogger(__name__)
 
-TOKENS = 77  # that IF reads of a prompt, whatever its T5 could
+# How IF's pipelines read a prompt; the rest of the text section is where, and in which precision.
+TEXT = {"name": "t5", "max_length": 77, "null": "empty_prompt", "keep_padding": True}
 NOISE_LEVEL = 250  # timestep of the noise on a low-resolution picture, IF's default
 # Steps and guidance weight that diffusers' pipelines have by default.
 BASE_DRAWING = {"steps": 100, "guidance": 7.0}
@@ -80,7 +81,7 @@ def import_deepfloyd(
             str(folder),
             _descriptions(folder, index),
             lowres_resolution=sections[-1].resolution if sections else 0,
-            text_length=TOKENS,
+            text_length=encoder.max_length,
             dtype=dtype,
         )
         sections.append(section)
@@ -120,7 +121,7 @@ def stage_section(
     Raises:
       UserError: naming an option that isn't built here.
     """
-    files = {name: f"{where}/{name}/{_file(name)}" for name in descriptions}
+    files = {name: f"{where}/{name}/{config_file(name)}" for name in descriptions}
     later = lowres_resolution > 0
     unet = if_unet.read(files["unet"], descriptions["unet"], later)
     drawn = if_scheduler.read(
@@ -166,7 +167,7 @@ def stage_section(
     )
 
 
-def _file(name: str) -> str:
+def config_file(name: str) -> str:
     """Where a part of a pipeline is described, in the folder of its name."""
     return "scheduler_config.json" if "scheduler" in name else "config.json"
 
@@ -213,10 +214,11 @@ def _descriptions(folder: Path, index: Mapping[str, Any]) -> dict[str, dict[str,
     for name in ("unet", "scheduler", "image_noising_scheduler"):
         if not _has(index, name):
             continue
-        read = read_json(folder / name, _file(name))
+        file = config_file(name)
+        read = read_json(folder / name, file)
         if read.get("_class_name") != index[name][1]:
             raise UserError(
-                f"{str(folder / name / _file(name))!r} says it is {read.get('_class_name')!r}, but "
+                f"{str(folder / name / file)!r} says it is {read.get('_class_name')!r}, but "
                 f"model_index.json says {index[name][1]!r}; get the pipeline again, whole."
             )
         descriptions[name] = read
@@ -229,14 +231,7 @@ def _text(folders: Sequence[Path], indices: Sequence[Mapping], dtype: str):
     Raises:
       UserError: stage I has none, or a later one has another.
     """
-    section = {
-        "name": "t5",
-        "max_length": TOKENS,
-        "weights": str(folders[0]),
-        "null": "empty_prompt",
-        "keep_padding": True,
-        "dtype": dtype,
-    }
+    section = {**TEXT, "weights": str(folders[0]), "dtype": dtype}
     for name in ("text_encoder", "tokenizer"):
         if not _has(indices[0], name):
             raise UserError(

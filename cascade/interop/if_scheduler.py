@@ -11,6 +11,7 @@ from cascade.interop.description import Description
 from cascade.networks.layers import TIMESTEPS
 
 BETAS = ("squaredcos_cap_v2", "linear")
+SPACINGS = ("leading", "linspace", "trailing")
 OUTPUTS = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
 # variance_type -> the ancestral sampler's gamma; a variance that was learned goes before it.
 LEARNED = {"learned_range": 0.0}
@@ -55,7 +56,7 @@ def read(where: str, description: Mapping[str, Any], learned_variance: bool) -> 
         "sampling": {
             "sampler": {"name": "ancestral", "gamma": gamma},
             "spacing": {
-                "name": d.one_of("timestep_spacing", ("leading", "linspace", "trailing")),
+                "name": d.one_of("timestep_spacing", SPACINGS),
                 "train_steps": TIMESTEPS,
             },
             "threshold": _threshold(d),
@@ -90,18 +91,16 @@ def _threshold(d: Description) -> dict[str, Any]:
 def write(stage: Mapping[str, Any]) -> dict[str, Any]:
     """The scheduler_config.json of a stage, or of the nearest that diffusers can express."""
     sampling = stage["sampling"]
-    gamma = sampling["sampler"].get("gamma")
-    variances = LEARNED if stage["learned_variance"] else FIXED
+    variances = {gamma: name for name, gamma in FIXED.items()}
+    fixed = variances.get(sampling["sampler"].get("gamma"), "fixed_small")
     outputs = {ours: theirs for theirs, ours in OUTPUTS.items()}
-    threshold = sampling["threshold"]
+    spacing, threshold = sampling["spacing"]["name"], sampling["threshold"]
     dynamic = threshold["name"] == "dynamic"
     return {
         **_written_schedule(stage["schedule"]),
-        "variance_type": {v: name for name, v in variances.items()}.get(
-            gamma, next(iter(variances))
-        ),
+        "variance_type": "learned_range" if stage["learned_variance"] else fixed,
         "prediction_type": outputs[stage["output"]],
-        "timestep_spacing": sampling["spacing"]["name"],
+        "timestep_spacing": spacing if spacing in SPACINGS else SPACINGS[0],
         "thresholding": dynamic,
         "clip_sample": threshold["name"] != "none",
         "dynamic_thresholding_ratio": threshold["percentile"] / 100.0 if dynamic else 0.995,

@@ -215,7 +215,7 @@ def write(stage: Mapping[str, Any]) -> dict[str, Any]:
     pairs = [blocks[attends] for attends in network["text_attention"]]
     text_channels, pool_heads = network["text_channels"], network["pool_heads"]
     levels = zip(network["self_attention"], network["text_attention"], strict=True)
-    scale = 1.0 / network["residual_scale"]
+    scale = 1.0 / (network["residual_scale"] or 1.0)
     return {
         "_class_name": "UNet2DConditionModel",
         **BUILT,

@@ -7,7 +7,7 @@ splits what belongs to attention heads, and joins queries, keys and values along
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -140,6 +140,11 @@ def to_diffusers(ours: np.ndarray, place: Stored) -> dict[str, np.ndarray]:
     return dict(zip(place.names, turned, strict=True))
 
 
+def places(tree: Any, levels: int) -> dict[str, Stored]:
+    """Where diffusers has each parameter of a tree of arrays or their shapes, by our path."""
+    return {path: stored(path, leaf.shape, levels) for path, leaf in named(tree)}
+
+
 @dataclass(frozen=True)
 class Pending:
     """An array that is read when NumPy asks for it, and not kept: a stage needn't fit in memory."""
@@ -165,13 +170,12 @@ def read_params(
     Raises:
       UserError: naming a tensor that is missing, foreign or of another shape.
     """
-    places = {path: stored(path, leaf.shape, levels) for path, leaf in named(template)}
-    wanted = {name: place.shape for place in places.values() for name in place.names}
-    _check(weights, wanted)
+    sources = places(template, levels)
+    _check(weights, {name: at.shape for at in sources.values() for name in at.names})
 
     def pending(path, shape):
         def read():
-            value = to_ours([weights.read(name) for name in places[path].names], shape)
+            value = to_ours([weights.read(name) for name in sources[path].names], shape)
             done()
             return value
 
@@ -201,17 +205,3 @@ def _check(weights: Weights, wanted: Mapping[str, tuple[int, ...]]):
             f"{where} hold the tensor {name!r}, which config.json has no place for; give both from "
             "one source."
         )
-
-
-def written(params: Any, levels: int) -> Iterator[tuple[str, tuple[int, ...], Callable]]:
-    """Each tensor that diffusers stores `params` as: its name, shape, and how to make it."""
-    for path, leaf in named(params):
-        place = stored(path, leaf.shape, levels)
-        for name in place.names:
-            yield (
-                name,
-                place.shape,
-                lambda leaf=leaf, place=place, name=name: to_diffusers(np.asarray(leaf), place)[
-                    name
-                ],
-            )

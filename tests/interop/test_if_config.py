@@ -5,8 +5,8 @@ import inspect
 import jax
 import numpy as np
 import pytest
-from if_torch import diffusers, randomised, read_stage, torch
-from tiny_if import CASES, unet
+from if_torch import diffusers, randomised, torch
+from tiny_if import CASES, read_stage, unet
 
 from cascade.interop import if_unet
 from cascade.interop.folders import read_json
