@@ -15,7 +15,13 @@ from cascade import bundle, digests, manifest
 from cascade.errors import UserError
 from cascade.text.encoders import t5
 
-SETTINGS = {"max_length": 4, "null": "empty_prompt", "keep_padding": True, "dtype": "bfloat16"}
+SETTINGS = {
+    "max_length": 4,
+    "null": "empty_prompt",
+    "keep_padding": True,
+    "lower_case": True,
+    "dtype": "bfloat16",
+}
 SHARD = "text_encoder/model.safetensors"
 
 

@@ -29,7 +29,13 @@ from cascade.text.encoders import ENCODERS
 log = logging.getLogger(__name__)
 
 # How IF's pipelines read a prompt; the rest of the text section is where, and in which precision.
-TEXT = {"name": "t5", "max_length": 77, "null": "empty_prompt", "keep_padding": True}
+TEXT = {
+    "name": "t5",
+    "max_length": 77,
+    "null": "empty_prompt",
+    "keep_padding": True,
+    "lower_case": True,
+}
 NOISE_LEVEL = 250  # timestep of the noise on a low-resolution picture, IF's default
 # Steps and guidance weight that diffusers' pipelines have by default.
 BASE_DRAWING = {"steps": 100, "guidance": 7.0}

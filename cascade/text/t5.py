@@ -45,6 +45,7 @@ class T5Encoder(TextEncoder):
         max_length: int,
         null: str,
         keep_padding: bool,
+        lower_case: bool,
         dtype: str,
     ):
         """Describes an encoder; `t5` says what the keywords mean.
@@ -60,6 +61,7 @@ class T5Encoder(TextEncoder):
         self._model, self._vocabulary = model, inside(vocabulary, VOCABULARY)
         self._t5 = from_published(read_json(model, "config.json"), dtype, unroll=False)
         self._null, self._keep_padding, self._dtype = null, keep_padding, dtype
+        self._lower_case = lower_case
         self._mesh = None
         self.width = self._t5.width
         self.max_length = max_length
@@ -75,8 +77,9 @@ class T5Encoder(TextEncoder):
         How the weights are split into files changes nothing, nor does a wider dtype than is used.
         Their digest is remembered (`cascade.digests`), since it reads all of them.
         """
-        settings = [self.name, self.max_length, self._null, self._keep_padding, self._dtype]
-        digest = hashlib.sha256(json.dumps([settings, published(self._t5)]).encode())
+        reads = [self.max_length, self._null, self._keep_padding, self._lower_case]
+        settings = [self.name, *reads, self._dtype, published(self._t5)]
+        digest = hashlib.sha256(json.dumps(settings).encode())
         digest.update(hashlib.sha256(self._vocabulary.read_bytes()).digest())
         files = open_weights(self._model).files
         weights = remembered(f"T5 {self._dtype}", files, lambda: self._tensors.digest())
@@ -111,7 +114,8 @@ class T5Encoder(TextEncoder):
         shape = (len(prompts), self.max_length)
         tokens = Tokens(np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape[0], bool))
         for i, prompt in enumerate(prompts):
-            ids = self._pieces.encode(checked_text(prompt))
+            text = checked_text(prompt)
+            ids = self._pieces.encode(text.lower().strip() if self._lower_case else text)
             if not ids and self._null == "zeros":
                 continue
             tokens.truncated[i] = len(ids) >= self.max_length
@@ -182,7 +186,15 @@ class T5Encoder(TextEncoder):
         return kept | {"_mesh": None}
 
 
-def t5(*, max_length: int, weights: str, null: str, keep_padding: bool, dtype: str) -> T5Encoder:
+def t5(
+    *,
+    max_length: int,
+    weights: str,
+    null: str,
+    keep_padding: bool,
+    lower_case: bool,
+    dtype: str,
+) -> T5Encoder:
     """A T5 v1.1 or Flan-T5 encoder: 35M (small) to 4.8B (XXL) parameters, D = 512 … 4096.
 
     Source: Raffel et al. 2020; huggingface.co/google/t5-v1_1-xxl, flan-t5-xxl, Apache-2.0.
@@ -195,6 +207,7 @@ def t5(*, max_length: int, weights: str, null: str, keep_padding: bool, dtype: s
         states of "" (DeepFloyd IF).
       keep_padding: hand on the states at padding and an all-True mask (DeepFloyd IF: stages attend
         to all positions); else padding is zeroed and masked.
+      lower_case: put prompts in lower case first, which T5 itself tells apart (DeepFloyd IF).
       dtype: of weights and of what they multiply: "float32" or "bfloat16".
 
     Raises:
@@ -215,5 +228,12 @@ def t5(*, max_length: int, weights: str, null: str, keep_padding: bool, dtype: s
     folder = resolve(weights)
     parts = (folder / "text_encoder", folder / "tokenizer")
     model, vocabulary = parts if all(part.is_dir() for part in parts) else (folder, folder)
-    settings = {"max_length": max_length, "null": null, "keep_padding": keep_padding}
-    return T5Encoder(model, vocabulary, dtype=dtype, **settings)
+    return T5Encoder(
+        model,
+        vocabulary,
+        max_length=max_length,
+        null=null,
+        keep_padding=keep_padding,
+        lower_case=lower_case,
+        dtype=dtype,
+    )

@@ -104,6 +104,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "weights": "google/t5-v1_1-xxl",  # a folder, or a hub id
         "null": "zeros",
         "keep_padding": False,
+        "lower_case": False,
         "dtype": "bfloat16",
     }
     # A folder of "" encodes inside the training step's input path instead.

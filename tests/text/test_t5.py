@@ -20,7 +20,13 @@ from cascade.parallel.mesh import make_mesh
 from cascade.registry import build
 from cascade.text.encoders import ENCODERS, t5
 
-SETTINGS = {"max_length": 16, "null": "zeros", "keep_padding": False, "dtype": "float32"}
+SETTINGS = {
+    "max_length": 16,
+    "null": "zeros",
+    "keep_padding": False,
+    "lower_case": False,
+    "dtype": "float32",
+}
 IMAGEN = {"null": "zeros", "keep_padding": False}
 DEEPFLOYD = {"null": "empty_prompt", "keep_padding": True}
 PROMPTS = Path(__file__).parent / "prompts"
@@ -257,11 +263,21 @@ def test_the_saved_weights_make_the_same_encoder(folder, tmp_path):
         np.testing.assert_array_equal(again.encode(["a cat"])[0], encoder.encode(["a cat"])[0])
 
 
+def test_case_is_told_apart_unless_told_not_to(folder, encoder):
+    lower = t5(weights=str(folder), **SETTINGS | {"lower_case": True})
+    prompts = [" A Red ÄPFEL ", "a red äpfel"]
+    ids = lower.tokenize(prompts).ids
+    np.testing.assert_array_equal(ids[0], ids[1])
+    np.testing.assert_array_equal(ids[1], encoder.tokenize(prompts).ids[1])
+    assert (encoder.tokenize(prompts).ids[0] != ids[1]).any()
+
+
 def test_the_fingerprint_tells_settings_and_files_apart(folder, encoder, tmp_path):
     changes = [
         {"max_length": 17},
         {"null": "empty_prompt"},
         {"keep_padding": True},
+        {"lower_case": True},
         {"dtype": "bfloat16"},
     ]
     prints = {t5(weights=str(folder), **SETTINGS | change).fingerprint for change in changes}
