@@ -1,0 +1,83 @@
+"""Two processes, one mesh: a cache built together, and batches encoded from each one's own rows."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny_t5 import write_folder
+
+SCRIPT = """
+import sys
+import jax, numpy as np
+process, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", 2, process)
+
+from cascade.errors import UserError
+from cascade.parallel.mesh import make_mesh, put_batch, whole_on_host
+from cascade.text import cache
+from cascade.text.encoders import minilm, t5
+from cascade.text.on_the_fly import Tokenized, encoded
+
+cache.SEGMENT = 8
+CAPTIONS = [f"caption {i} " + "word " * (i % 3) for i in range(16)] + [""]
+FLOAT32 = 1e-5
+
+
+def deepfloyd():
+    return t5(max_length=8, weights=f"{folder}/t5", null="empty_prompt", keep_padding=True,
+              lower_case=False, dtype="float32")
+
+mesh = make_mesh(data=1, fsdp=2, tensor=2)
+for make in (lambda: minilm(max_length=8, weights=""), deepfloyd):
+    # On this process's first device, whatever the other does.
+    with jax.default_device(jax.local_devices()[0]):
+        emb, mask = make().encode(CAPTIONS)
+
+    together = cache.EmbeddingCache(f"{folder}/cache", make(), "float16")
+    assert together.ensure(CAPTIONS, mesh, progress=False).captions == 17
+    found = together.lookup(CAPTIONS)
+    np.testing.assert_allclose(found["text_emb"], emb, rtol=2**-11, atol=FLOAT32)
+    np.testing.assert_array_equal(found["text_mask"], mask)
+
+    encoder = make()
+    encoder.place(mesh)
+    mine = CAPTIONS[process * 8 : process * 8 + 8]
+    texts = encoded(encoder, put_batch(Tokenized(encoder)(mine), mesh))
+    np.testing.assert_allclose(whole_on_host(texts["text_emb"]), emb[:16], atol=FLOAT32)
+    np.testing.assert_array_equal(whole_on_host(texts["text_mask"]), mask[:16])
+    for ours, theirs in zip(encoder.null(), (emb[-1], mask[-1]), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=FLOAT32)
+
+apart = cache.EmbeddingCache(f"{folder}/cache of {process}", make(), "float16")
+try:
+    apart.ensure(CAPTIONS, mesh, progress=False)
+    print("found")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_two_processes_embed_on_one_mesh(tmp_path):
+    write_folder(tmp_path / "t5")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(process), str(port), str(tmp_path)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for process in range(2)
+    ]  # fmt: skip
+    said = [process.communicate() for process in processes]
+    for process, (_, err) in zip(processes, said, strict=True):
+        assert process.returncode == 0, err
+    assert "found" in said[0][0]
+    assert "Process 1 doesn't find" in said[1][0] and "all processes share" in said[1][0]
