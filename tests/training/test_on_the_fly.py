@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 from one_level import flags
+from tiny_t5 import write_folder
 
-from cascade import config
+from cascade import config, registry
 from cascade.parallel.mesh import batch_sharding, make_mesh, put_batch
-from cascade.text.encoders import minilm
+from cascade.text.encoders import ENCODERS, minilm
 from cascade.text.on_the_fly import Tokenized, encoded
 from cascade.training import metrics
 from cascade.training.train import train
@@ -56,13 +57,19 @@ def test_a_resumed_run_repeats_the_unbroken_one(straight, tmp_path):
             assert resumed[step][key] == row[key]
 
 
-def test_batches_are_encoded_where_they_lie_by_one_program():
-    encoder, mesh = minilm(max_length=16, weights=""), make_mesh(data=2, fsdp=2, tensor=2)
+@pytest.mark.parametrize("name", ["minilm", "t5"])
+def test_batches_are_encoded_where_they_lie_by_one_program(name, tmp_path):
+    section = {"name": name, "max_length": 16, "weights": ""}
+    if name == "t5":  # as DeepFloyd IF has it: all positions' states go to the stages
+        section |= {"weights": str(write_folder(tmp_path)), "null": "empty_prompt"}
+        section |= {"keep_padding": True, "lower_case": True, "dtype": "float32"}
+    encoder, reference = (registry.build("text encoder", ENCODERS, section) for _ in range(2))
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
     encoder.place(mesh)
-    emb, mask = minilm(max_length=16, weights="").encode(CAPTIONS)
+    emb, mask = reference.encode(CAPTIONS)
     for shift in range(3):
         batch = put_batch(Tokenized(encoder)(np.roll(CAPTIONS, shift).tolist()), mesh)
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("disallow" if shift else "allow"):  # the first may load weights
             texts = encoded(encoder, batch)
         assert texts.keys() == {"text_emb", "text_mask"}
         assert texts["text_emb"].sharding.is_equivalent_to(batch_sharding(mesh), 3)
