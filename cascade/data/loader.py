@@ -18,6 +18,8 @@ from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
 from cascade.data.decoded import decoded
+from cascade.data.mixture import Mixture
+from cascade.data.order import MixedOrder, Order
 from cascade.data.preprocess import (
     CROPS,
     BrokenPicture,
@@ -47,33 +49,6 @@ class Skipped(NamedTuple):
     broken: bool
 
 
-class Order:
-    """Position in the stream -> index of a record.
-
-    With a seed the stream is endless and pass e is the permutation that (seed, e) draws, 8 bytes a
-    record. (grain's own shuffle needs no memory but, in small data sets, 0.4 ms a record.) Without
-    a seed it is the source's order, and None after the last record.
-    """
-
-    def __init__(self, records: int, seed: int | None):
-        self._records, self._seed = records, seed
-        self._current = (-1, None)
-
-    def __call__(self, position: int) -> int | None:
-        """The index, or None after the end."""
-        if self._seed is None:
-            return position if position < self._records else None
-        number, place = divmod(position, self._records)
-        drawn, permutation = self._current  # read at once: threads may share this object
-        if drawn != number:
-            permutation = np.random.default_rng([self._seed, number]).permutation(self._records)
-            self._current = (number, permutation)
-        return int(permutation[place])
-
-    def __reduce__(self):
-        return (Order, (self._records, self._seed))
-
-
 # Fills evaluation's last batch; nothing was skipped.
 PADDING = {"padding": True}
 
@@ -82,7 +57,7 @@ class Prepare(NamedTuple):
     """(position, generator) -> one prepared picture, or `Skipped`. Runs in the workers."""
 
     source: Any
-    order: Order
+    order: Order | MixedOrder
     preprocess: Preprocess | None  # None: the source's pictures are preprocessed already
     pair: PairCrop
     train: bool
@@ -288,10 +263,16 @@ def make_loader(
         section["filter"]["min_side"],
         section["filter"]["max_aspect"],
     )
+    if section["cache_decoded"] and isinstance(source, Mixture):
+        raise UserError(
+            "The decoded pictures of a mixture can't be cached; set cache_decoded to False, and "
+            "prepare slow sources with `cascade data prepare`."
+        )
     if section["cache_decoded"] and source.folder is not None:
         source, preprocess = decoded(source, preprocess), None
     pair = PairCrop(resolution, lowres_resolution, crop_resolution).check()
-    order = Order(len(source), seed if train else None)
+    mixed = train and isinstance(source, Mixture)
+    order = source.order(seed) if mixed else Order(len(source), seed if train else None)
     prepare = Prepare(source, order, preprocess, pair, train, random_crop)
     together = batch_size * process_count
     positions = ENDLESS if train else -(-len(source) // together) * together

@@ -7,24 +7,27 @@ where it lies (None: nowhere) and `source.fingerprint` changes when its content 
 picklable: workers open their own.
 """
 
-import glob
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from cascade.data.fingerprint import fingerprint
 from cascade.data.folder import Folder
+from cascade.data.mixture import Mixture
 from cascade.data.preprocess import BrokenPicture, Filtered
+from cascade.data.record_files import ArrayRecord
+from cascade.data.tars import Tars
+from cascade.data.tfds_reader import Tfds
 from cascade.errors import UserError
+from cascade.registry import build
 
 
 def tfds(
     dataset: str, data_dir: str, split: str, image_key: str, caption_key: str, template: str
-) -> "Tfds":
+) -> Tfds:
     """A data set that TFDS has prepared, ours or any other, read without TensorFlow.
 
     Args:
@@ -42,108 +45,7 @@ def tfds(
     return Tfds(dataset, data_dir, split, image_key, caption_key, template)
 
 
-class Tfds:
-    """See `tfds`."""
-
-    def __init__(self, dataset, data_dir, split, image_key, caption_key, template):
-        self._arguments = (dataset, data_dir, split, image_key, caption_key, template)
-        import tensorflow_datasets as library
-        from tensorflow_datasets.core import read_only_builder
-
-        try:
-            builder = read_only_builder.builder_from_files(
-                dataset, data_dir=os.path.expanduser(data_dir)
-            )
-        except (library.core.DatasetNotFoundError, OSError) as error:
-            raise UserError(
-                f"There is no data set {dataset!r} in {data_dir!r}; prepare it, as with "
-                f"`cascade data build emoji --out {data_dir}`, or correct `dataset` and `data_dir`."
-            ) from error
-        try:
-            template.format("")
-        except (LookupError, ValueError) as error:
-            raise UserError(
-                f"The template {template!r} is wrong; write {{}} for the caption."
-            ) from error
-        features = builder.info.features
-        leaves = leaf_features(features)
-        images = [key for key, f in features.items() if isinstance(f, library.features.Image)]
-        texts = [path for path, f in leaves.items() if _holds_text(f)]
-        for what, key, known in (("picture", image_key, images), ("text", caption_key, texts)):
-            if key not in known:
-                is_other = f"; that is {leaves[key]}" if key in leaves else ""
-                raise UserError(
-                    f"Data set {dataset!r} has no {what} feature {key!r}{is_other}; "
-                    f"choose from {', '.join(sorted(known)) or 'another data set'}."
-                )
-        try:
-            self._records = builder.as_data_source(
-                split, decoders={image_key: library.decode.SkipDecoding()}
-            )
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"Data set {dataset!r} has no split {split!r}; choose from "
-                f"{', '.join(sorted(builder.info.splits))}."
-            ) from error
-        self._image_key, self._caption_key, self._template = image_key, caption_key, template
-        self._names = getattr(leaves[caption_key], "names", None)
-        self.folder = Path(builder.data_dir)
-        self.fingerprint = fingerprint(
-            [f for f in self.folder.iterdir() if f.is_file()], self._arguments
-        )
-
-    def __reduce__(self):
-        return (Tfds, self._arguments)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, i: int) -> dict:
-        record = self._records[i]
-        key = record.get("key", b"")
-        return {
-            "image": record[self._image_key],
-            "captions": self._texts(record),
-            "key": key.decode() if isinstance(key, bytes) and key else str(i),
-        }
-
-    def key(self, i: int) -> str:
-        """What messages call record i while it isn't read: its number."""
-        return str(i)
-
-    def captions(self, i: int) -> list[str]:
-        """The captions of record i."""
-        return self._texts(self._records[i])
-
-    def _texts(self, record: dict) -> list[str]:
-        value = record
-        for key in self._caption_key.split("/"):
-            value = value[key]  # TFDS gives a sequence of dicts as a dict of sequences
-        values = value if isinstance(value, list | np.ndarray) else [value]
-        return [self._template.format(_text(v, self._names)) for v in values]
-
-
-def leaf_features(feature, path: str = "") -> dict[str, Any]:
-    """Path -> the TFDS feature there, without the sequences it is in: {"captions/text": Text}."""
-    from tensorflow_datasets.core.features import FeaturesDict, Sequence
-
-    if isinstance(feature, Sequence):
-        return leaf_features(feature.feature, path)
-    if not isinstance(feature, FeaturesDict):
-        return {path: feature}
-    inner = (leaf_features(f, f"{path}/{key}" if path else key) for key, f in feature.items())
-    return {path: leaf for leaves in inner for path, leaf in leaves.items()}
-
-
-def _holds_text(feature) -> bool:
-    return hasattr(feature, "names") or feature.np_dtype == np.object_
-
-
-def _text(value, names: list[str] | None) -> str:
-    return value.decode("utf-8", errors="replace") if names is None else names[int(value)]
-
-
-def array_record(files: str, image_key: str, caption_key: str) -> "ArrayRecord":
+def array_record(files: str, image_key: str, caption_key: str) -> ArrayRecord:
     """ArrayRecord files of tf.train.Example records.
 
     Args:
@@ -157,67 +59,51 @@ def array_record(files: str, image_key: str, caption_key: str) -> "ArrayRecord":
     return ArrayRecord(files, image_key, caption_key)
 
 
-class ArrayRecord:
-    """See `array_record`."""
-
-    def __init__(self, files, image_key, caption_key):
-        self._arguments = (files, image_key, caption_key)
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        paths = sorted(glob.glob(os.path.expanduser(files)))
-        if not paths:
-            raise UserError(f"No file matches {files!r}; correct the pattern `files`.")
-        try:
-            self._records = ArrayRecordDataSource(paths)
-            self._count = len(self._records)
-        except Exception as error:  # the library raises several kinds
-            raise UserError(f"Cannot read {files!r} as ArrayRecord files: {error}.") from error
-        if self._count:
-            features = self._features(0)
-            for key in (image_key, caption_key):
-                if key not in features:
-                    raise UserError(
-                        f"The records of {files!r} have no feature {key!r}; choose from "
-                        f"{', '.join(sorted(features))}."
-                    )
-        self.folder = Path(paths[0]).parent
-        self.fingerprint = fingerprint(map(Path, paths), self._arguments)
-
-    def __reduce__(self):
-        return (ArrayRecord, self._arguments)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, i: int) -> dict:
-        features = self._features(i)
-        image = features[self._arguments[1]].bytes_list.value[0]
-        key = features["key"].bytes_list.value[0].decode() if "key" in features else str(i)
-        return {"image": image, "captions": self._texts(features), "key": key}
-
-    def key(self, i: int) -> str:
-        """What messages call record i while it isn't read: its number."""
-        return str(i)
-
-    def captions(self, i: int) -> list[str]:
-        """The captions of record i."""
-        return self._texts(self._features(i))
-
-    def _features(self, i: int):
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        return tf_example_pb2.Example.FromString(self._records[i]).features.feature
-
-    def _texts(self, features) -> list[str]:
-        return [
-            v.decode("utf-8", errors="replace")
-            for v in features[self._arguments[2]].bytes_list.value
-        ]
-
-
 def folder(path: str) -> Folder:
     """A folder of pictures with captions, see `cascade.data.folder.Folder`."""
     return Folder(path)
+
+
+def webdataset(files: str, caption_file: str, caption_key: str) -> Tars:
+    """WebDataset tars, read where they lie: `00012.jpg` with `00012.txt` or `00012.json`.
+
+    The first time, each tar is read through for where its records lie, see
+    `cascade.data.tars.open_index`. A record without a picture or a caption is a broken one.
+
+    Args:
+      files: a glob pattern: "shards/*.tar"; the tars must not be compressed.
+      caption_file: "txt", a caption a line, or "json", an object.
+      caption_key: of the JSON object, the key of its caption or list of captions, "outer/inner"
+        where it lies within another; "" with "txt".
+
+    Raises:
+      UserError: no file matches, or one is no plain tar, damaged or cut short.
+    """
+    return Tars(files, caption_file, caption_key)
+
+
+def mixture(sources: Mapping[str, Any], weights: Mapping[str, Any]) -> Mixture:
+    """Several sources at once; training sees each as often as its weight says.
+
+    Training's stream is endless and each source goes through passes of its own, a small one with a
+    large weight more often. Evaluation sees each record of each source once, whatever the weights.
+
+    Args:
+      sources: name -> section of a source, {"web": {"name": "webdataset", ...}, ...}.
+      weights: name -> number above 0; shares are weights over their sum.
+
+    Raises:
+      UserError: a source's, names that differ, or a mixture within a mixture.
+    """
+    for what, given in (("sources", sources), ("weights", weights)):
+        if not isinstance(given, Mapping | ConfigDict):
+            raise UserError(
+                f"A mixture's {what} are {given!r}; give a section with a key a source."
+            )
+    parts = {name: build("data source", SOURCES, section) for name, section in sources.items()}
+    if any(isinstance(part, Mixture) for part in parts.values()):
+        raise UserError("A mixture can't hold a mixture; name all sources in one.")
+    return Mixture(parts, weights)
 
 
 def synthetic(records: int, side: int, captions: int, seed: int) -> "Synthetic":
@@ -268,6 +154,8 @@ SOURCES = {
     "tfds": tfds,
     "array_record": array_record,
     "folder": folder,
+    "webdataset": webdataset,
+    "mixture": mixture,
     "synthetic": synthetic,
 }
 
