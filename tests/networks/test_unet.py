@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 from cascade.diffusion.schedules import timestep_logsnrs
 from cascade.errors import UserError
 from cascade.networks import NETWORKS, UNet
-from cascade.networks.attention import attend
-from cascade.networks.layers import GroupNorm, NoiseEmbedding, enlarge, pixel_shuffle, shrink
+from cascade.networks.attention import Attention, attend
+from cascade.networks.layers import (
+    GroupNorm,
+    NoiseEmbedding,
+    ResidualBlock,
+    Style,
+    enlarge,
+    pixel_shuffle,
+    shrink,
+)
 from cascade.registry import check
 
 BASE = {
@@ -386,3 +394,62 @@ def test_fields_are_a_config_section():
     section = {"name": "unet", **BASE}
     supplied = {key: section.pop(key) for key in ("out_channels", "super_resolution")}
     assert check("network", NETWORKS, section, supplied=tuple(supplied)) is UNet
+
+
+def parameters_of(network) -> dict:
+    """Paths and shapes of a network's parameters."""
+    tree = jax.eval_shape(network.init, jax.random.key(0), *inputs())["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): a.shape for p, a in leaves}
+
+
+def test_options_of_other_families_show_in_the_parameters():
+    """Pooling before the projection, a wider embedding, a middle of its own, no known noise."""
+    plain = parameters_of(UNet(**EFFICIENT | {"middle": True, "text_channels": 32}))
+    other = EFFICIENT | {
+        "middle": True,
+        "middle_attention": (False, True),
+        "text_channels": 32,
+        "text_norm": "group",
+        "pool_projected": False,
+        "embedding_channels": 24,
+        "embed_aug": False,
+    }
+    other = parameters_of(UNet(**other))
+    assert plain["text_pool/query"] == (32,) and other["text_pool/query"] == (6,)
+    assert plain["logsnr_embedding/dense_out/kernel"] == (32, 32)
+    assert other["logsnr_embedding/dense_out/kernel"] == (24, 24)
+    assert "middle/block_0/attention/qkv/kernel" in plain
+    assert "middle/block_0/attention/q/kernel" in other
+    assert "middle/block_0/attention/qkv/kernel" not in other
+    assert any(path.startswith("aug_embedding") for path in plain)
+    assert not any(path.startswith("aug_embedding") for path in other)
+
+
+def test_residual_scale_multiplies_the_block():
+    x, emb = jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jnp.ones((2, 6))
+    style = Style(4, "gelu", 0.0, 8, "xla", "layer", 1.0, 1.0, jnp.float32, True)
+    plain = ResidualBlock(12, style)
+    params = drawn(plain, x, emb)
+    scaled = ResidualBlock(12, style._replace(residual_scale=0.7071)).apply(params, x, emb)
+    np.testing.assert_allclose(scaled, 0.7071 * plain.apply(params, x, emb), rtol=1e-5, atol=1e-6)
+
+
+def test_group_norm_of_text_is_over_all_tokens():
+    """Shifting and scaling a whole text changes nothing, scaling one of its tokens does."""
+    x = jax.random.normal(jax.random.key(0), (1, 2, 2, 8))
+    words = jax.random.normal(jax.random.key(1), (1, 5, 64))
+    mask = jnp.ones((1, 5), bool)
+    style = Style(4, "gelu", 0.0, 8, "xla", "group", 1.0, 1.0, jnp.float32, True)
+    attention = Attention(False, True, style)
+    params = drawn(attention, x, (words, mask))
+    out = attention.apply(params, x, (words, mask))
+    again = attention.apply(params, x, (5.0 * words + 3.0, mask))
+    np.testing.assert_allclose(out, again, rtol=1e-4, atol=1e-4)
+    louder = words.at[0, 0].mul(9.0)  # which a norm of each token by itself wouldn't show
+    assert np.abs(out - attention.apply(params, x, (louder, mask))).max() > 1e-3
+
+
+def test_group_norm_of_text_needs_whole_groups():
+    with pytest.raises(UserError, match="32 groups"):
+        parameters_of(UNet(**BASE | {"text_norm": "group"}))
