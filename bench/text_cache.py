@@ -3,11 +3,11 @@
     python bench/text_cache.py               # minutes on two CPU cores
     python bench/text_cache.py --every 1
 
-First every fourth of the emoji set's 38,974 captions, through the packaged MiniLM.
-Then states that are drawn, not any T5's: as wide as T5-XXL's (D = 4096), from Student's t with 4
-degrees of freedom, and 4 channels 20 times as wide as the rest. Such channels are
-hard on int8 with one scale a token; a real T5's states are left to be measured by whoever has its weights:
-`cascade embed` prints their error. Results go to bench/results/.
+First every fourth of the emoji set's 38,974 captions, through the packaged MiniLM. Then states that
+are drawn, not any T5's: as wide as T5-XXL's (D = 4096), from Student's t with 4 degrees of freedom,
+and 4 channels 20 times as wide as the rest. Such channels are hard on int8 with one scale a token;
+a real T5's error is left to be measured by whoever has its weights: `cascade embed` prints it.
+Results go to bench/results/.
 """
 
 import json
