@@ -18,6 +18,7 @@ REQUIRES = [
     "click>=8.1",  # command line
     "tqdm>=4.66",  # progress bars
     "tensorboardX>=2.6",  # writes TensorBoard files without TensorFlow
+    "pyarrow>=15",  # Parquet tables of captions; TFDS needs it too
     "pillow>=10.3",  # reads and writes pictures
     "safetensors>=0.4.5",  # weight files that hold no code
     "flatbuffers>=23.5",  # jax.export serialises programs with it, without requiring it
@@ -41,9 +42,11 @@ EXTRAS = {
         "ruff>=0.8",  # lint and format
     ],
     "hub": ["huggingface_hub>=0.26"],  # fetches weights by a hub id instead of a folder
+    "beam": ["apache-beam>=2.60"],  # `cascade data prepare`, on one machine or many
     "parity": [
         "torch>=2.4",  # runs the implementations that ours is compared with
         "transformers>=4.45",  # BertModel and T5EncoderModel, the text encoders' references
+        "diffusers>=0.31",  # DeepFloyd IF's networks, schedulers and pipelines
     ],
 }
 
