@@ -119,7 +119,8 @@ def _described(index: int, trained: TrainedStage) -> dict[str, dict[str, Any]]:
         dtype=stage["network"]["dtype"],
     )
     ours, theirs = _settings(stage), _settings(read.to_dict())
-    for key in {**ours, **theirs}:
+    # Another name of a part says more than the settings that come with it.
+    for key in sorted({**ours, **theirs}, key=lambda path: not path.endswith(".name")):
         if not _same(ours.get(key), theirs.get(key)):
             raise UserError(
                 f"Stage {index} has {key} = {ours.get(key)!r}, which diffusers can't express "
