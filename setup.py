@@ -36,6 +36,7 @@ REQUIRES = [
 EXTRAS = {
     "gpu": ["jax[cuda13]>=0.8"],  # NVIDIA accelerators
     "tpu": ["jax[tpu]>=0.7"],  # Google accelerators
+    "libtpu": ["libtpu>=0.0.40"],  # their compiler, with which `cascade plan` needs no TPU
     "test": [
         "pytest>=8",  # test runner
         "hypothesis>=6.100",  # property tests

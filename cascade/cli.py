@@ -11,7 +11,7 @@ import sys
 
 import click
 
-from cascade.commands import data, drawing, exchange, training
+from cascade.commands import data, drawing, exchange, plan, training
 from cascade.errors import UserError
 
 
@@ -53,6 +53,6 @@ def main():
     logging.getLogger("jax").setLevel(logging.WARNING)  # it names every backend it doesn't find
 
 
-for module in (training, data, drawing, exchange):
+for module in (training, data, drawing, exchange, plan):
     for command in module.COMMANDS:
         main.add_command(command)

@@ -44,7 +44,7 @@ def bundle(tmp_path_factory):
 
 COMMANDS = [
     "", "demo", "data", "data build", "embed", "train", "describe", "bundle", "sample", "upscale",
-    "import", "import deepfloyd", "export",
+    "import", "import deepfloyd", "export", "plan",
 ]  # fmt: skip
 
 

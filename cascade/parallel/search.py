@@ -1,0 +1,123 @@
+"""`cascade plan --search`: which batch, recomputation and mesh fit a topology best."""
+
+import itertools
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from cascade.errors import UserError
+from cascade.parallel.estimate import Estimate, estimate
+from cascade.parallel.mesh import AXES
+from cascade.parallel.plan import Measured, changed, measure
+from cascade.parallel.topology import KINDS
+
+LARGEST = 8  # times the config's batch: beyond it, training is another
+
+
+class Found(NamedTuple):
+    """One compiled candidate."""
+
+    batch: int
+    remat: bool
+    mesh: dict[str, int]
+    measured: Measured
+    estimate: Estimate
+
+
+def search(
+    config: ConfigDict, topology: str, *, tries: int, utilisation: float, **options
+) -> list[Found]:
+    """Compiles candidates, the config itself first, and returns them, what fits best first.
+
+    For each mesh, with recomputation and without, the batch is doubled while it fits (to at most 8
+    times the config's), or halved until it does. The best fits the memory and makes the most
+    images a second; of equals, the one that takes less memory.
+
+    Args:
+      config: what is varied; its batch is where each mesh begins.
+      tries: compilations at most; earlier ones that are kept count too.
+      utilisation: as `cascade.parallel.estimate.estimate`.
+      **options: of `cascade.parallel.plan.measure`.
+
+    Raises:
+      UserError: the config's own mesh doesn't fit, or the chip isn't known.
+    """
+    start, own = config.train.batch_size, config.stage.network.remat
+    found: dict[tuple, Found] = {}
+
+    def attempt(mesh: dict[str, int], remat: bool, batch: int) -> Found:
+        candidate = changed(config, batch=batch)
+        candidate.mesh, candidate.stage.network.remat = mesh, remat
+        measured = measure(candidate, topology, **options)
+        result = estimate(measured, batch, utilisation)
+        key = (*measured.mesh.values(), remat, batch)
+        found[key] = Found(batch, remat, measured.mesh, measured, result)
+        bar.update()
+        return found[key]
+
+    with tqdm(total=tries, unit="compilation") as bar:
+        first = attempt(config.mesh.to_dict(), own, start)
+        if first.measured.device_kind not in KINDS:
+            raise UserError(
+                "--search compares speeds, and what this device can do isn't known "
+                f"({first.measured.device_kind}); give a TPU topology."
+            )
+        layouts = meshes(first.mesh, first.measured.devices)
+        for mesh, remat in itertools.product(layouts, (own, not own)):
+            batch, way = start, None
+            while _divides(batch, mesh, config) and batch <= LARGEST * start:
+                known = found.get((*mesh.values(), remat, batch))
+                if known is None and len(found) == tries:
+                    break
+                fits = (known or attempt(mesh, remat, batch)).estimate.fits
+                if way is not None and fits != way:  # doubled once too often, or halved enough
+                    break
+                batch, way = (2 * batch if fits else batch // 2), fits
+    return sorted(found.values(), key=_merit, reverse=True)
+
+
+def table(found: list[Found]) -> str:
+    """What was compiled, a line each, and how to train with the best."""
+    head = f"{'batch':>7} {'remat':<6}{'mesh':<30}{'GB a chip':>10}{'images/s':>12}  binds"
+    rows = [head]
+    for one in found:
+        mesh = ", ".join(f"{axis}={size}" for axis, size in one.mesh.items())
+        speed, binds = "", "does not fit"
+        if one.estimate.fits:
+            speed, binds = f"{one.estimate.images_per_second:,.0f}", one.estimate.binds
+        rows.append(
+            f"{one.batch:>7} {one.remat!s:<6}{mesh:<30}{one.measured.peak_bytes / 1e9:>10.2f}"
+            f"{speed:>12}  {binds}"
+        )
+    best = found[0]
+    if not best.estimate.fits:
+        return "\n".join([*rows, "Nothing that was tried fits; shard over more chips."])
+    sizes = (f"--config.mesh.{axis}={size}" for axis, size in best.mesh.items())
+    options = (
+        f"--config.train.batch_size={best.batch}",
+        f"--config.stage.network.remat={best.remat}",
+        *sizes,
+    )
+    return "\n".join([*rows, f"Best of these: {' '.join(options)}"])
+
+
+def _divides(batch: int, mesh: dict[str, int], config: ConfigDict) -> bool:
+    shares = mesh["data"] * mesh["fsdp"] * config.train.microbatches
+    return batch > 0 and batch % shares == 0
+
+
+def _merit(found: Found) -> tuple:
+    speed = found.estimate.images_per_second or 0.0
+    return bool(found.estimate.fits), speed, -found.measured.peak_bytes
+
+
+def meshes(own: dict[str, int], devices: int) -> list[dict[str, int]]:
+    """The config's mesh, then its tensor axis with parameters split over all, 8, and no devices."""
+    rest = devices // own["tensor"]
+    splits = dict.fromkeys([own["fsdp"], rest, 8, 1])
+    return [
+        dict(zip(AXES, (rest // fsdp, fsdp, own["tensor"]), strict=True))
+        for fsdp in splits
+        if fsdp <= rest and rest % fsdp == 0
+    ]

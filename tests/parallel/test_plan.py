@@ -1,0 +1,244 @@
+"""Plans: what a child compiles is checked against what is known; mistakes are sentences."""
+
+import importlib.util
+import json
+import subprocess
+
+import jax
+import pytest
+from click.testing import CliRunner
+from tiny_cascade import stage_config
+
+from cascade import config as configs
+from cascade.cli import main
+from cascade.errors import UserError
+from cascade.parallel import plan
+from cascade.parallel.ahead import needed_bytes
+from cascade.parallel.estimate import estimate, report
+from cascade.parallel.search import search, table
+from cascade.parallel.topology import CHIPS
+
+SMOKE = "configs/emoji/base64.py:smoke"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Plans are kept below a temporary home, and nowhere else."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def tiny():
+    """An experiment whose network compiles in seconds, on eight devices."""
+    config = configs.load(SMOKE)
+    config.unlock()
+    config.stage = stage_config(8, 0)
+    config.text.max_length = 4
+    config.train.batch_size = 16
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    return config
+
+
+def measured(**changes) -> plan.Measured:
+    """A made-up answer: a tenth of a second of v5e's arithmetic, less of all else."""
+    chip = CHIPS["v5e"]
+    values = {
+        "device_kind": "TPU v5 lite",
+        "devices": 256,
+        "device_bytes": None,
+        "mesh": {"data": 8, "fsdp": 32, "tensor": 1},
+        "parameters": 10**9,
+        "model_flops": 0.075 * 256 * chip.flops,
+        "flops": 0.1 * 256 * chip.flops,
+        "ideal_bytes": 6e9,
+        "peak_bytes": 14e9,
+        "argument_bytes": 2e9,
+        "temporary_bytes": 11e9,
+        "result_bytes": 1e6,
+        "code_bytes": 1e8,
+        "donated_bytes": 2e9,
+        "sent": {"all-gather": [8e9, 40], "between slices": [1e8, 3]},
+        "traffic_bytes": 0.05 * chip.hbm_bandwidth,
+        "compile_seconds": 60.0,
+        "host_bytes": 4e9,
+    }
+    return plan.Measured(**(values | changes))
+
+
+def test_this_machines_step_is_measured_and_kept(tiny, monkeypatch):
+    found = plan.measure(tiny, "local", progress=False)
+    assert (found.devices, found.mesh) == (8, {"data": 8, "fsdp": 1, "tensor": 1})
+    leaves = jax.tree.leaves(jax.eval_shape(_stage(tiny).init, jax.random.key(0)))
+    assert found.parameters == sum(leaf.size for leaf in leaves)
+    # Parameters and their EMA are whole on each device, and their new values take their places.
+    assert 8 * found.parameters <= found.donated_bytes <= found.argument_bytes
+    # Gradients are float32 here, where the least counts two bytes each; metrics are a few more.
+    assert found.sent["all-reduce"][0] == pytest.approx(2 * found.ideal_bytes, rel=0.02)
+    assert found.flops == pytest.approx(found.model_flops, rel=0.2)
+    assert found.traffic_bytes > found.argument_bytes
+    assert found.host_bytes > 10**8
+
+    monkeypatch.setattr(subprocess, "Popen", None)  # asked again, nothing is compiled
+    assert plan.measure(tiny, "local", progress=False) == found
+    tiny.data.workers += 1  # nor where the program stays the same
+    assert plan.measure(tiny, "local", progress=False) == found
+    tiny.train.batch_size = 8
+    with pytest.raises(TypeError):
+        plan.measure(tiny, "local", progress=False)
+
+
+def _stage(config):
+    from cascade.stage import Stage
+
+    return Stage(config.stage)
+
+
+def test_a_sampler_is_measured(tiny):
+    found = plan.measure(tiny, "local", sample=True, progress=False)
+    evaluations = tiny.stage.sampling.steps * 2 * tiny.train.batch_size  # guided: two each
+    assert found.flops == evaluations * _stage(tiny).forward_flops
+    assert found.donated_bytes == 0
+    text = report(found, what="w", where="local", batch=16, steps=None, utilisation=0.4)
+    assert "FLOPs a batch" in text and "days" not in text
+
+
+def test_a_tpu_that_isnt_here_is_planned_for(tiny):
+    pytest.importorskip("libtpu")
+    tiny.mesh = {"data": 2, "fsdp": 2, "tensor": 1}
+    found = plan.measure(tiny, "v5e-4", progress=False)
+    assert (found.device_kind, found.devices) == ("TPU v5 lite", 4)
+    assert 8 * found.parameters <= found.donated_bytes <= found.argument_bytes < found.peak_bytes
+    assert sum(size for size, _ in found.sent.values()) > found.ideal_bytes
+    result = estimate(found, 16, 0.4)
+    assert result.fits and set(result.bounds) == {"arithmetic", "memory", "interconnect"}
+    assert min(result.bounds.values()) > 0
+    with pytest.raises(UserError, match="3"):
+        tiny.mesh = {"data": 3, "fsdp": 1, "tensor": 1}
+        plan.measure(tiny, "v5e-4", progress=False)
+
+
+def test_a_compiler_that_takes_too_much_is_stopped(tiny):
+    with pytest.raises(UserError, match="--host-memory"):
+        plan.measure(tiny, "local", host_limit=30e6, progress=False)
+
+
+def test_a_child_that_breaks_is_quoted(tiny, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
+    with pytest.raises(UserError, match="nonsense"):
+        plan.measure(tiny, "local", progress=False)
+
+
+def test_the_longest_bound_binds():
+    found = estimate(measured(), 2048, utilisation=0.5)
+    assert found.binds == "arithmetic" and found.fits
+    assert found.bounds["arithmetic"] == pytest.approx(0.1)
+    assert found.bounds["memory"] == pytest.approx(0.05)
+    assert found.bounds["interconnect"] == pytest.approx(8e9 / CHIPS["v5e"].link_bandwidth)
+    assert found.bounds["network"] == pytest.approx(1e8 / CHIPS["v5e"].network_bandwidth)
+    assert found.seconds == pytest.approx(0.15)  # useful work alone, at half the peak
+    assert found.images_per_second == pytest.approx(2048 / 0.15)
+    slow = estimate(measured(traffic_bytes=CHIPS["v5e"].hbm_bandwidth), 2048, utilisation=0.5)
+    assert slow.binds == "memory" and slow.seconds == pytest.approx(1.0)
+
+
+def test_the_report_says_what_was_found():
+    text = report(measured(), what="w", where="v5e-256", batch=2048, steps=576_000, utilisation=0.5)
+    for said in ("Estimates", "fits", "1.35 ×", "arithmetic bound", "binds", "1.0 days", "60 s"):
+        assert said in text, said
+
+
+def test_what_doesnt_fit_is_said():
+    refused = measured(peak_bytes=20e9, sent=None, traffic_bytes=None, argument_bytes=None)
+    text = report(refused, what="w", where="v5e-256", batch=1, steps=1, utilisation=0.4)
+    assert "does not fit" in text and "bound" not in text
+    assert needed_bytes(RuntimeError("Ran out. Used 20.5G of 15.75G hbm.")) == 20.5 * 2**30
+    with pytest.raises(RuntimeError, match="else"):
+        needed_bytes(RuntimeError("something else"))
+
+
+def test_search_says_where_nothing_fits(tiny, monkeypatch):
+    asked = []
+
+    def compiled(config, topology, **_):
+        asked.append((config.mesh.fsdp, config.stage.network.remat, config.train.batch_size))
+        mesh = {"data": 4 // config.mesh.fsdp, "fsdp": config.mesh.fsdp, "tensor": 1}
+        return measured(mesh=mesh, devices=4, peak_bytes=20e9, sent=None)
+
+    monkeypatch.setattr("cascade.parallel.search.measure", compiled)
+    found = search(tiny, "v5e-4", tries=40, utilisation=0.4)
+    assert len(asked) == len(set(asked)) == len(found)  # batches 16, 8 and 4, on 3 meshes, twice
+    assert {one.batch for one in found} == {16, 8, 4}
+    assert "Nothing that was tried fits" in table(found)
+
+
+@pytest.mark.parametrize("tries", [1, 3, 30])
+def test_search_keeps_to_its_tries_and_puts_the_best_first(tiny, monkeypatch, tries):
+    def compiled(config, topology, **_):
+        batch, fsdp = config.train.batch_size, max(config.mesh.fsdp, 1)
+        model = 1e13 * batch
+        return measured(
+            mesh={"data": 4 // fsdp, "fsdp": fsdp, "tensor": 1},
+            devices=4,
+            peak_bytes=8e9 / fsdp + batch * (1e8 if config.stage.network.remat else 2e8),
+            sent={"all-gather": [1e9 * fsdp, 1]},
+            model_flops=model,
+            flops=model,
+        )
+
+    monkeypatch.setattr("cascade.parallel.search.measure", compiled)
+    found = search(tiny, "v5e-4", tries=tries, utilisation=0.4)
+    assert len(found) <= tries
+    best = found[0]
+    assert best.estimate.fits
+    speeds = [one.estimate.images_per_second for one in found if one.estimate.fits]
+    assert speeds == sorted(speeds, reverse=True)
+    assert f"--config.train.batch_size={best.batch}" in table(found)
+    if tries == 30:  # the largest batch that fits is found: 4 chips take 2 + 12.8 of 17 GB
+        assert max(one.batch for one in found if one.estimate.fits) == 128
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--topology", "v5p-9"], "v5p comes in"),
+        (["--topology", "h100"], "Unknown topology"),
+        (["--topology", "v5e-4", "--mesh", "data=two"], "Can't read the mesh"),
+        (["--topology", "v5e-4", "--mesh", "rows=2"], "Can't read the mesh"),
+        (["--topology", "v5e-4", "--mesh", "data=2,data=2"], "Can't read the mesh"),
+        (["--topology", "local", "--mesh", "data=3"], "needs 3 devices"),
+        (["--topology", "local", "--mesh", "data=8", "--batch", "12"], "batch_size=12"),
+        (["--topology", "local", "--batch", "0"], "batch_size"),
+        (["--topology", "v5e-4", "--utilisation", "2"], "--utilisation"),
+        (["--topology", "v5e-4", "--host-memory", "nan"], "--host-memory"),
+        (["--topology", "v5e-4", "--search", "--sample"], "leave out --sample"),
+        (["--topology", "v5e-4", "--search", "--tries", "0"], "--tries"),
+    ],
+)
+def test_mistakes_are_sentences(options, said):
+    assert said in sentence(*options)
+
+
+def test_a_missing_compiler_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "[libtpu]" in sentence("--topology", "v5e-4")
+
+
+def sentence(*options) -> str:
+    """What a failing `cascade plan` says, after checking that it fails as promised."""
+    result = CliRunner().invoke(main, ["plan", "--config", SMOKE, *options])
+    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in result.output
+    return line
+
+
+def test_a_damaged_cache_is_made_again(tiny, home, monkeypatch):
+    answer = json.loads(json.dumps(measured()._asdict()))
+    monkeypatch.setattr(plan, "_ask_child", lambda *_: answer)
+    first = plan.measure(tiny, "local", progress=False)
+    (kept,) = (home / ".cache" / "cascade" / "plans").iterdir()
+    for damaged in ("", "[]", "{}", '{"device_kind": 1}'):
+        kept.write_text(damaged)
+        assert plan.measure(tiny, "local", progress=False) == first
+        assert json.loads(kept.read_text()) == answer
