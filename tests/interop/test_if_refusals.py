@@ -15,7 +15,7 @@ from tiny_t5 import write_folder
 from cascade.bundle import TrainedStage, load_bundle, save_bundle
 from cascade.errors import UserError
 from cascade.interop import if_scheduler, if_unet
-from cascade.interop.deepfloyd import TEXT, import_deepfloyd
+from cascade.interop.deepfloyd import TEXT, import_deepfloyd, stage_section
 from cascade.interop.diffusers_folder import export_diffusers
 from cascade.registry import build
 from cascade.stage import Stage
@@ -65,6 +65,23 @@ def test_an_option_of_a_unet_that_is_not_built(change):
     key = next(iter(change))
     with pytest.raises(UserError, match=rf"config\.json.*{key}"):
         if_unet.read("config.json", unet("aa") | change, super_resolution=False)
+
+
+def test_the_published_size_is_the_published_number():
+    """IF-I-XL has 4.3 billion parameters."""
+    changes = {"block_out_channels": [704, 1408, 2112, 2816], "cross_attention_dim": 2816}
+    heads = {"attention_head_dim": 64, "addition_embed_type_num_heads": 64}
+    config = unet("raaa", sample_size=64, layers_per_block=3, encoder_hid_dim=4096)
+    section = stage_section(
+        "XL",
+        {"unet": {**config, **changes, **heads}, "scheduler": IF},
+        lowres_resolution=0,
+        text_length=77,
+        dtype="bfloat16",
+    )
+    params = jax.eval_shape(Stage(section).init, jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert round(count / 1e9, 1) == 4.3
 
 
 def test_notes_on_the_file_are_no_options():

@@ -84,14 +84,14 @@ def test_spacings_visit_the_same_timesteps(spacing, steps):
     read = sections(scheduler, False)
     schedule = build("schedule", SCHEDULES, read["schedule"])
     ours = build("spacing", samplers.SPACINGS, read["sampling"]["spacing"])(schedule, steps)
-    np.testing.assert_allclose(ours[:-1], levels(scheduler)[:-1], atol=2e-5)
+    np.testing.assert_allclose(ours[:-1], levels(scheduler)[:-1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("betas", if_scheduler.BETAS)
 def test_noise_levels_are_those_of_diffusers(betas):
     cumulative = diffusers.DDPMScheduler(beta_schedule=betas).alphas_cumprod.double().numpy()
     alpha = 1 / (1 + np.exp(-timestep_logsnrs(betas, 1000).astype(np.float64)))
-    np.testing.assert_allclose(alpha, cumulative, rtol=2e-4, atol=1e-7)
+    np.testing.assert_allclose(alpha, cumulative, rtol=1e-5, atol=1e-6)
 
 
 def test_every_option_is_known_with_its_default():
