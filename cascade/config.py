@@ -58,10 +58,7 @@ def load_stages(spec: str, overrides: Sequence[str] = ()) -> dict[str | None, Co
     Raises:
       UserError: as `load`, or a cascade's stages don't fit one another.
     """
-    config = _read(spec)
-    for override in overrides:
-        _check_override(config, override)
-    _apply(config, overrides)
+    config = _overridden(spec, overrides)
     nested = [isinstance(value, ConfigDict) and "stage" in value for value in config.values()]
     if not (nested and all(nested)):
         check(config)
@@ -74,6 +71,22 @@ def load_stages(spec: str, overrides: Sequence[str] = ()) -> dict[str | None, Co
     configs = dict(sorted(config.items(), key=lambda item: item[1].stage.resolution))
     _check_chain(configs)
     return configs
+
+
+def load_as(spec: str, overrides: Sequence[str], schema: Mapping, ranges: Mapping) -> ConfigDict:
+    """As `load`, for a config that isn't an experiment's and has a schema of its own."""
+    config = _overridden(spec, overrides)
+    _check_tree("config", config, schema)
+    _check_ranges("config", config, ranges)
+    return config
+
+
+def _overridden(spec: str, overrides: Sequence[str]) -> ConfigDict:
+    config = _read(spec)
+    for override in overrides:
+        _check_override(config, override)
+    _apply(config, overrides)
+    return config
 
 
 def _check_chain(configs: Mapping[str, ConfigDict]):

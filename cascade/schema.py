@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from cascade.data.refine import ENCODINGS
 from cascade.data.sources import SOURCES
 from cascade.diffusion.guidance import THRESHOLDS
 from cascade.diffusion.losses import WEIGHTINGS
@@ -87,6 +88,30 @@ SCHEMA = {
     },
     "mesh": {"data": int, "fsdp": int, "tensor": int},
     "sharding_rules": tuple,  # ((path pattern, spec), ...) ahead of the default FSDP rule
+}
+
+
+# Of `cascade data prepare`, whose configs are not experiments'.
+PREPARATION = {
+    "source": Part("data source", SOURCES),
+    "filter": {
+        "min_side": int,
+        "max_aspect": float,
+        "min_caption": int,  # characters
+        "max_caption": int,
+        "duplicate_bits": int,  # of 64 that may differ between duplicates; -1 keeps them all
+    },
+    "picture": {
+        "side": int,  # the shorter one; smaller pictures stay as they are
+        "square": bool,  # cut to the central square
+        "ground": str,
+        "encoding": str,
+        "quality": int,  # of "jpeg"
+    },
+    "text": Part("text encoder", ENCODERS),
+    "shard_records": int,  # of the source, before the filter
+    "max_broken_rate": float,
+    "samples": int,  # pictures on the statistics page
 }
 
 
@@ -185,4 +210,22 @@ RANGES = {
         "sample_count": at_least(1),
         "keep_last": at_least(1),
     },
+}
+
+PREPARATION_RANGES = {
+    "filter": {
+        "min_side": at_least(0),
+        "max_aspect": at_least(1.0),
+        "min_caption": at_least(0),
+        "max_caption": at_least(1),
+        "duplicate_bits": between(-1, 7),
+    },
+    "picture": {
+        "side": at_least(1),
+        "encoding": Range(ENCODINGS.__contains__, f"one of {', '.join(ENCODINGS)}"),
+        "quality": between(1, 100),
+    },
+    "shard_records": at_least(1),
+    "max_broken_rate": between(0, 1),
+    "samples": at_least(0),
 }

@@ -3,6 +3,7 @@
 import click
 
 from cascade.commands import CONFIG_COMMAND
+from cascade.errors import UserError
 
 
 @click.group()
@@ -25,6 +26,37 @@ def build(dataset, out, variant, resolution, scenes, seed):
     from cascade.data.prepare import build_emoji
 
     build_emoji(out, variant=variant, resolution=resolution, scenes=scenes, seed=seed)
+
+
+@data.command("prepare", context_settings=CONFIG_COMMAND)
+@click.option("--config", "spec", required=True, help="path/to/config.py[:arg].")
+@click.option("--out", required=True, help="Folder of the shards; an unfinished one is resumed.")
+@click.pass_context
+def prepare(ctx, spec, out):
+    """Decode, filter and resize a source once, into shards, on Apache Beam.
+
+    Takes overrides as train does; other flags go to Beam.
+
+    Example: cascade data prepare --config configs/prepare.py:webdataset --out data/web
+    --config.picture.side=256 --direct_num_workers=8 --direct_running_mode=multi_processing
+    """
+    from cascade import config, schema
+
+    overrides = [argument for argument in ctx.args if argument.startswith("--config")]
+    flags = [argument for argument in ctx.args if not argument.startswith("--config")]
+    loaded = config.load_as(spec, overrides, schema.PREPARATION, schema.PREPARATION_RANGES)
+    try:
+        from cascade.data.preparation import prepare as run
+    except ModuleNotFoundError as error:
+        if error.name != "apache_beam":
+            raise
+        raise UserError(
+            "cascade data prepare needs Apache Beam; pip install 'cascade-imagen[beam]'."
+        ) from error
+    told = run(loaded, out, flags)
+    click.echo(
+        f"Kept {told['kept']} of {told['read']} records; see {out}/statistics.html for the rest."
+    )
 
 
 @click.command(context_settings=CONFIG_COMMAND)

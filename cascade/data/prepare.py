@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cascade.data.record_files import to_example, write_file
 from cascade.errors import UserError
 
 SMALLEST = 16
@@ -111,9 +112,6 @@ def write_records(source, out: str | Path, shard_size: int = 4096):
     Raises:
       UserError: `out` exists or can't be written.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.proto import tf_example_pb2
-
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} already exists; choose another folder or remove it.")
@@ -126,18 +124,9 @@ def write_records(source, out: str | Path, shard_size: int = 4096):
             progress = tqdm(total=len(source), desc=f"write {out.name}", unit="picture")
             for shard in range(shards):
                 path = whole / f"{out.name}-{shard:05d}-of-{shards:05d}.array_record"
-                writer = ArrayRecordWriter(str(path), "group_size:1")
-                for i in range(shard * shard_size, min(len(source), (shard + 1) * shard_size)):
-                    record, example = source[i], tf_example_pb2.Example()
-                    feature = example.features.feature
-                    feature["image"].bytes_list.value.append(record["image"])
-                    feature["key"].bytes_list.value.append(record["key"].encode())
-                    feature["captions"].bytes_list.value.extend(
-                        caption.encode() for caption in record["captions"]
-                    )
-                    writer.write(example.SerializeToString())
-                    progress.update()
-                writer.close()
+                end = min(len(source), (shard + 1) * shard_size)
+                records = (source[i] for i in range(shard * shard_size, end))
+                write_file(path, (to_example(record) for record in records), progress.update)
             progress.close()
             os.replace(whole, out)
     except OSError as error:

@@ -1,6 +1,7 @@
 """From any picture file to uint8 RGB of a known size: decode, crop, antialiased area resize."""
 
 import io
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,9 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from cascade.errors import UserError
 
 CROPS = ("centre", "random")
+# A JPEG's shortcut to smaller sizes may leave this many times the pixels a side that are wanted, so
+# that the rest of the way down, an area average, decides what the result looks like.
+SPARE = 2
 
 
 class BrokenPicture(Exception):
@@ -31,19 +35,36 @@ def colour(text: str) -> tuple[int, int, int]:
         raise UserError(f"Unknown colour {text!r}; give one like '#ffffff' or 'white'.") from error
 
 
-def decode(data: bytes, ground: tuple[int, int, int]) -> np.ndarray:
+def decode(data: bytes, ground: tuple[int, int, int], least: int = 0) -> np.ndarray:
     """Decodes a picture file to uint8 RGB [H, W, 3].
 
     The camera's EXIF turn is applied, transparency is laid over `ground`, 16-bit grey keeps its
     high byte, palettes, grey and CMYK become RGB, and of an animation the first frame counts.
 
+    Args:
+      least: where this is above 0, a JPEG may be decoded to a half, a quarter or an eighth of its
+        size (which its format has a shortcut for), as long as no side falls below this.
+
     Raises:
       BrokenPicture: not a picture, cut short, or too large to be one.
     """
+    return open_picture(data, ground, least)[0]
+
+
+def open_picture(
+    data: bytes, ground: tuple[int, int, int], least: int = 0
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """What `decode` gives, and the height and width that the file itself has."""
     try:
         picture = Image.open(io.BytesIO(data))
+        width, height = picture.size
+        if least:
+            share = least / min(width, height)
+            picture.draft(None, (math.ceil(width * share), math.ceil(height * share)))
         picture.load()
-        return to_rgb(ImageOps.exif_transpose(picture), ground)
+        upright = ImageOps.exif_transpose(picture)
+        turned = upright.size != picture.size
+        return to_rgb(upright, ground), (width, height) if turned else (height, width)
     except UnidentifiedImageError as error:
         raise BrokenPicture("not a picture") from error
     except Exception as error:  # Pillow's readers fail in many ways on damaged files
@@ -113,6 +134,14 @@ def square_crop(picture: np.ndarray, rng: np.random.Generator | None) -> np.ndar
     return picture[top : top + side, left : left + side]
 
 
+def check_shape(height: int, width: int, min_side: int, max_aspect: float):
+    """Raises Filtered for a picture that is too small or too long."""
+    if min(height, width) < min_side:
+        raise Filtered(f"{width}x{height} has a side below {min_side}")
+    if max(height, width) > max_aspect * min(height, width):
+        raise Filtered(f"{width}x{height} is longer than {max_aspect:g}:1")
+
+
 class Preprocess(NamedTuple):
     """A picture file or uint8 array -> uint8 [resolution, resolution, 3].
 
@@ -128,12 +157,11 @@ class Preprocess(NamedTuple):
         self, image: bytes | np.ndarray, rng: np.random.Generator | None = None
     ) -> np.ndarray:
         """Decodes, filters, crops to a square and resizes."""
-        picture = decode(image, self.ground) if isinstance(image, bytes) else image
-        height, width = picture.shape[:2]
-        if min(height, width) < self.min_side:
-            raise Filtered(f"{width}x{height} has a side below {self.min_side}")
-        if max(height, width) > self.max_aspect * min(height, width):
-            raise Filtered(f"{width}x{height} is longer than {self.max_aspect}:1")
+        if isinstance(image, bytes):
+            picture, size = open_picture(image, self.ground, SPARE * self.resolution)
+        else:
+            picture, size = image, image.shape[:2]
+        check_shape(*size, self.min_side, self.max_aspect)
         picture = square_crop(picture, rng)
         if picture.shape[0] == self.resolution:
             return picture

@@ -1,11 +1,72 @@
-"""Reads ArrayRecord files of tf.train.Example records."""
+"""Reads and writes ArrayRecord files of tf.train.Example records."""
 
 import glob
+import itertools
 import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from cascade.data.fingerprint import fingerprint
 from cascade.errors import UserError
+
+
+def to_example(record: Mapping[str, Any]) -> bytes:
+    """A tf.train.Example of bytes, texts and integers, or lists of one of these."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example()
+    for name in sorted(record):
+        values = record[name] if isinstance(record[name], list) else [record[name]]
+        feature = example.features.feature[name]
+        if all(isinstance(value, int) for value in values):
+            feature.int64_list.value.extend(values)
+        else:
+            feature.bytes_list.value.extend(
+                v if isinstance(v, bytes) else v.encode() for v in values
+            )
+    return example.SerializeToString(deterministic=True)
+
+
+def write_file(path: Path, examples: Iterable[bytes], wrote: Callable = lambda: None):
+    """Writes an ArrayRecord file under a temporary name and renames it: all of it or nothing.
+
+    Args:
+      examples: the records; without one, no file is written.
+      wrote: called after each.
+
+    Raises:
+      OSError: it can't be written.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    examples = iter(examples)
+    first = next(examples, None)
+    if first is None:
+        return
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.touch()  # says what is wrong with a place, where the library's words are odd
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        try:
+            for example in itertools.chain([first], examples):
+                writer.write(example)
+                wrote()
+        finally:
+            writer.close()
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_file(path: Path) -> Iterator[bytes]:
+    """The records of one file, in order."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    with ArrayRecordDataSource([str(path)]) as records:
+        for i in range(len(records)):
+            yield records[i]
 
 
 class ArrayRecord:

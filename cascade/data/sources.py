@@ -19,6 +19,7 @@ from cascade.data.folder import Folder
 from cascade.data.mixture import Mixture
 from cascade.data.preprocess import BrokenPicture, Filtered
 from cascade.data.record_files import ArrayRecord
+from cascade.data.table import Table
 from cascade.data.tars import Tars
 from cascade.data.tfds_reader import Tfds
 from cascade.errors import UserError
@@ -80,6 +81,24 @@ def webdataset(files: str, caption_file: str, caption_key: str) -> Tars:
       UserError: no file matches, or one is no plain tar, damaged or cut short.
     """
     return Tars(files, caption_file, caption_key)
+
+
+def parquet(files: str, root: str, file_column: str, caption_column: str) -> Table:
+    """Parquet tables of picture files' paths and their captions.
+
+    The two columns are held in memory, so a table of many millions of rows wants to go through
+    `cascade data prepare` once. A picture that isn't there is a broken record.
+
+    Args:
+      files: a glob pattern: "tables/*.parquet".
+      root: folder that the paths begin in, which they can't leave.
+      file_column: column with paths.
+      caption_column: column with texts or lists of texts.
+
+    Raises:
+      UserError: no file matches, one can't be read, or there is no such column.
+    """
+    return Table(files, root, file_column, caption_column)
 
 
 def mixture(sources: Mapping[str, Any], weights: Mapping[str, Any]) -> Mixture:
@@ -155,6 +174,7 @@ SOURCES = {
     "array_record": array_record,
     "folder": folder,
     "webdataset": webdataset,
+    "parquet": parquet,
     "mixture": mixture,
     "synthetic": synthetic,
 }
