@@ -104,7 +104,7 @@ def save_bundle(
       dtype: "float32", or "bfloat16" for half the size at 8 bits of precision.
       shard_bytes: the most that one file of a stage may take; a larger tensor is cut to pieces.
       text_weights: carry the text encoder's weights, in the dtype it uses, unless they come with
-        the package. A bundle without them is loaded with `text_encoder=`.
+        the package. A bundle without them is loaded with `text_weights=` or `text_encoder=`.
       overwrite: replace a bundle that is there. It is lost only once the new one is in place.
 
     Returns:
@@ -158,7 +158,9 @@ def _save_stage(folder: Path, index: int, trained: TrainedStage, dtype: str, lim
     }
 
 
-def load_bundle(folder: str | os.PathLike, text_encoder: TextEncoder | None = None) -> Bundle:
+def load_bundle(
+    folder: str | os.PathLike, text_encoder: TextEncoder | None = None, text_weights: str = ""
+) -> Bundle:
     """Reads a bundle and checks all of it; nothing in the folder is executed.
 
     Args:
@@ -166,6 +168,8 @@ def load_bundle(folder: str | os.PathLike, text_encoder: TextEncoder | None = No
       text_encoder: an encoder to use in place of the one that the bundle names, for encoders
         whose weights the user keeps; it must have the same fingerprint. Weights that the bundle
         carries are then not looked at.
+      text_weights: where the weights of the encoder that it names are, a folder or a hub id, in
+        place of those that it carries; they must be the same.
 
     Raises:
       UserError: anything is missing, damaged, foreign, untrained or doesn't fit, by name.
@@ -177,19 +181,21 @@ def load_bundle(folder: str | os.PathLike, text_encoder: TextEncoder | None = No
     for i, entry in enumerate(text["files"]):
         manifest.read_file(folder, f"tokenizer file {i}", entry)
     if text_encoder is None:
-        text_encoder = _build_encoder(folder, text["section"], text["weights"])
+        text_encoder = _build_encoder(folder, text["section"], text["weights"], text_weights)
     if text_encoder.fingerprint != text["fingerprint"]:
         raise UserError(
             f"The text encoder {text_encoder.name!r} isn't the one that {str(folder)!r} was trained"
-            " with (their fingerprints differ); load it with text_encoder= set to that one."
+            " with (their fingerprints differ); give the weights of that one."
         )
     stages = tuple(_load_stage(folder, i, entry) for i, entry in enumerate(contents["stages"]))
     check_fit(stages, text_encoder)
     return Bundle(stages, text["section"], text_encoder)
 
 
-def _build_encoder(folder: Path, section: Mapping[str, Any], carried: list) -> TextEncoder:
-    """The text encoder a bundle names, from the weights it carries, if any.
+def _build_encoder(
+    folder: Path, section: Mapping[str, Any], carried: list, weights: str
+) -> TextEncoder:
+    """The text encoder a bundle names, from `weights` or else from those it carries, if any.
 
     It may not itself say where weights are, least of all by a path or a hub id.
     """
@@ -198,6 +204,8 @@ def _build_encoder(folder: Path, section: Mapping[str, Any], carried: list) -> T
             f"The bundle names a text encoder's weights file ({str(section['weights'])[:80]!r}), "
             "which a bundle may not do; write it again with `cascade bundle`."
         )
+    if weights:
+        return build("text encoder", ENCODERS, {**section, "weights": weights})
     for i, entry in enumerate(carried):
         name = manifest.check_file(folder, f"text encoder file {i}", entry)
         if not name.startswith(f"{WEIGHTS}/"):

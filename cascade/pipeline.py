@@ -22,17 +22,17 @@ from cascade.images import as_lowres
 from cascade.text.interface import checked_text
 
 
-def load(folder: str | os.PathLike, text_encoder=None) -> "Cascade":
+def load(folder: str | os.PathLike, text_encoder=None, text_weights: str = "") -> "Cascade":
     """Reads a bundle, checks it, and makes it ready to draw.
 
     Args:
       folder: a folder that `cascade bundle` or `Cascade.save` wrote.
-      text_encoder: see `cascade.bundle.load_bundle`.
+      text_encoder, text_weights: see `cascade.bundle.load_bundle`.
 
     Raises:
       UserError: the bundle is damaged, untrained or doesn't fit together.
     """
-    return Cascade(*bundle.load_bundle(folder, text_encoder))
+    return Cascade(*bundle.load_bundle(folder, text_encoder, text_weights))
 
 
 class Cascade:

@@ -28,6 +28,7 @@ def sample_to_folder(
     size: str | None = None,
     negative_prompt: str = "",
     batch_size: int | None = None,
+    text_weights: str = "",
     progress: bool = True,
     **changes,
 ) -> list[Path]:
@@ -42,6 +43,7 @@ def sample_to_folder(
       out: a folder, made if it's missing; only files of the very same request are replaced.
       first_index: number of the first picture; a PNG's `index` and its prompt redraw it alone.
       size: "HEIGHTxWIDTH" of the base picture.
+      text_weights: as in `cascade.load`.
       **changes: steps, guidance, aug_level, sampler.
       Others: as in `Cascade.__call__`.
 
@@ -53,7 +55,7 @@ def sample_to_folder(
         that can't be written is found before anything is drawn.
     """
     base_size = parsed_size(size)
-    pipe = load(folder)
+    pipe = load(folder, text_weights=text_weights)
     batches = pipe.draw_batches(
         prompts,
         num_images,
@@ -108,6 +110,7 @@ def upscale_to_file(
     negative_prompt: str = "",
     first_index: int = 0,
     batch_size: int | None = None,
+    text_weights: str = "",
     progress: bool = True,
     **changes,
 ) -> Path:
@@ -118,6 +121,7 @@ def upscale_to_file(
       image: the picture's file.
       out: the PNG file, NAME.png, replaced if it's there.
       stage: which stage enlarges; 1 is the first that can.
+      text_weights: as in `cascade.load`.
       **changes: steps, guidance, aug_level, sampler.
       Others: as in `Cascade.upscale`.
 
@@ -127,7 +131,7 @@ def upscale_to_file(
     """
     out = check_png(out)
     picture = read_image(image)
-    pipe = load(folder)
+    pipe = load(folder, text_weights=text_weights)
     drawn = pipe.upscale_batches(
         picture,
         prompt,

@@ -81,9 +81,11 @@ def test_a_loaded_bundle_can_be_saved_again_even_over_itself(folder, encoder):
 def test_weights_may_be_left_out(stages, encoder, source, tmp_path):
     light = save(tmp_path / "light", stages, encoder, source, text_weights=False)
     assert not (light / "text_encoder").exists()
-    with pytest.raises(UserError, match="text_encoder="):
+    with pytest.raises(UserError, match="text_weights"):
         bundle.load_bundle(light)
     assert bundle.load_bundle(light, encoder).text_encoder is encoder
+    named = bundle.load_bundle(light, text_weights=str(source)).text_encoder
+    assert named.fingerprint == encoder.fingerprint
 
 
 def test_ones_own_encoder_takes_the_place_of_the_carried_one(folder, encoder):

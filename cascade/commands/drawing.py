@@ -11,6 +11,11 @@ def drawing_options(command):
         [
             click.option("--bundle", required=True, help="A bundle's folder."),
             click.option(
+                "--text-weights",
+                default="",
+                help="Folder or hub id of the text encoder, if the bundle was made without it.",
+            ),
+            click.option(
                 "--steps",
                 type=Numbers(int),
                 help="Sampling steps: one, or (sample) one a stage. [default: the bundle's]",

@@ -70,15 +70,26 @@ def describe(ctx, spec):
     type=click.Choice(["float32", "bfloat16"]),
     help="How weights are stored.",
 )
+@click.option(
+    "--without-text-weights",
+    is_flag=True,
+    help="Leave the text encoder's weights out (T5-XXL: 9.5 GB); drawing then names them.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
-def bundle(stages, more, out, dtype, overwrite):
+def bundle(stages, more, out, dtype, without_text_weights, overwrite):
     """Put trained stages (their EMA weights) together into one folder to share and to draw with.
 
     Example: cascade bundle --stages runs/base runs/sr256 --out my-bundle
     """
     from cascade.training.export import bundle_runs
 
-    bundle_runs([*stages, *more], out, dtype=dtype, overwrite=overwrite)
+    bundle_runs(
+        [*stages, *more],
+        out,
+        dtype=dtype,
+        text_weights=not without_text_weights,
+        overwrite=overwrite,
+    )
     click.echo(f"Wrote {out}. Draw with: cascade sample --bundle {out} --prompt '...'")
 
 

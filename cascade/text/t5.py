@@ -223,7 +223,7 @@ def t5(
     if not weights:
         raise UserError(
             "The text encoder's weights are '', and no T5 comes with this package; give a folder or"
-            " a hub id as `weights`, or load a bundle with text_encoder= set to the one it used."
+            " a hub id as `weights`, or to `cascade.load` and `cascade sample` as text_weights."
         )
     folder = resolve(weights)
     parts = (folder / "text_encoder", folder / "tokenizer")

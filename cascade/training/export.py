@@ -54,8 +54,13 @@ def read_run(workdir) -> tuple[ConfigDict, bundle.TrainedStage]:
     return config, bundle.TrainedStage(stage, state.ema_params, step)
 
 
-def bundle_runs(workdirs, folder, *, dtype: str = "float32", overwrite: bool = False):
+def bundle_runs(workdirs, folder, **how):
     """Puts the EMA weights of several runs, base first, together into one bundle.
+
+    Args:
+      workdirs: the runs' folders.
+      folder: the bundle's.
+      **how: dtype, text_weights, overwrite, as in `cascade.bundle.save_bundle`.
 
     Raises:
       UserError: a run is missing or untrained, or the stages don't fit one another.
@@ -70,4 +75,4 @@ def bundle_runs(workdirs, folder, *, dtype: str = "float32", overwrite: bool = F
             )
     encoder = registry.build("text encoder", ENCODERS, texts[0])
     stages = [stage for _, stage in runs]
-    bundle.save_bundle(folder, stages, texts[0], encoder, dtype=dtype, overwrite=overwrite)
+    bundle.save_bundle(folder, stages, texts[0], encoder, **how)
