@@ -172,6 +172,37 @@ class Fill:
         return {**(element if usable else self._blank), "valid": usable}
 
 
+class SameData(grain.DatasetIterator):
+    """An iterator whose state says which data it is a position in, and fits no other."""
+
+    def __init__(self, batches: grain.DatasetIterator, held: dict[str, Any]):
+        super().__init__(batches)
+        self._batches, self._held = batches, held
+
+    def __next__(self):
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, and the data's contents."""
+        return {"position": self._batches.get_state(), "data": self._held}
+
+    def set_state(self, state: dict[str, Any]):
+        """Goes to a position.
+
+        Raises:
+          UserError: the data isn't what it was when the state was taken.
+        """
+        then, now = state["data"], self._held
+        if then != now:
+            told = "{records} records in {files} files of {bytes} bytes (names and sizes {digest})"
+            raise UserError(
+                f"The training data changed under this run: it was {told.format(**then)} at the "
+                f"checkpoint and is {told.format(**now)} now; put back what was there, or train "
+                "in another --workdir."
+            )
+        self._batches.set_state(state["position"])
+
+
 class Collate(NamedTuple):
     """Prepared pictures -> one batch of arrays, see `make_loader`."""
 
@@ -230,8 +261,8 @@ def make_loader(
       resolution: side of the whole pictures; with `crop_resolution` 0, of the batch's too.
       lowres_resolution: side of a super-resolution stage's input, 0 for none.
       crop_resolution: side of a super-resolution stage's training crops, 0 for whole pictures.
-      texts: captions -> the arrays [B, ...] of a batch that stand for them: `EmbeddingCache.lookup`
-        or `cascade.text.on_the_fly.Tokenized`; it stays in this process.
+      texts: captions -> their arrays [B, ...] in a batch; stays in this process. See
+        `EmbeddingCache.lookup` and `cascade.text.on_the_fly.Tokenized`.
       seed: decides order, captions and crops.
       batch_size: of one process.
       train: which source, and which of the two ways above.
@@ -239,9 +270,8 @@ def make_loader(
       process_index, process_count: process p takes every count-th record of the order, from p.
 
     Yields:
-      {"image": [B, H, W, 3] float32 in [-1, 1], and in a super-resolution stage "lowres":
-      [B, h, w, 3] float32 in [-1, 1]}, and what `texts` gives: "text_mask" [B, L] bool with
-      "text_emb" [B, L, D] float32 or "text_ids" [B, L] int32.
+      {"image": [B, H, W, 3] float32 in [-1, 1], what `texts` gives, and in a super-resolution
+      stage "lowres": [B, h, w, 3] float32 in [-1, 1]}.
 
     Raises:
       UserError: a bad section, missing data, sizes that don't divide, or (while iterating) too many
@@ -263,6 +293,7 @@ def make_loader(
         section["filter"]["min_side"],
         section["filter"]["max_aspect"],
     )
+    held = {"records": len(source), **source.contents}
     if section["cache_decoded"] and isinstance(source, Mixture):
         raise UserError(
             "The decoded pictures of a mixture can't be cached; set cache_decoded to False, and "
@@ -283,7 +314,8 @@ def make_loader(
     stream = stream.filter(judge) if train else stream.map(Fill(prepare.blank(), judge))
     batches = stream.batch(batch_size, drop_remainder=True, batch_fn=Collate(texts))
     # A thread makes the next batches while a step runs; the state stays that of the last one given.
-    loader = iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=READY_BATCHES))
+    ready = iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=READY_BATCHES))
+    loader = SameData(ready, held)
     atexit.register(_close, weakref.ref(loader))  # left to the interpreter's end, it would complain
     return loader
 

@@ -13,6 +13,8 @@ from cascade.text.on_the_fly import Tokenized, encoded
 from cascade.training import metrics
 from cascade.training.train import train
 
+FLOAT16 = 2**-11  # what a cache rounds by
+FLOAT32 = 1e-5  # of sums in another order
 CAPTIONS = [f"a drawing of {n} {what}" for n in range(4) for what in ("cats", "very red apples")]
 
 
@@ -39,7 +41,7 @@ def test_losses_are_those_of_a_cache_to_its_rounding(straight, tmp_path):
     assert list(cached) == list(straight[1]) == [1, 2, 3, 4]
     for step, row in cached.items():
         for key in ("loss", "gradient_norm"):
-            np.testing.assert_allclose(straight[1][step][key], row[key], rtol=2**-11)
+            np.testing.assert_allclose(straight[1][step][key], row[key], rtol=FLOAT16)
 
 
 def test_it_evaluates_and_draws(straight):
@@ -74,7 +76,7 @@ def test_batches_are_encoded_where_they_lie_by_one_program(name, tmp_path):
         assert texts.keys() == {"text_emb", "text_mask"}
         assert texts["text_emb"].sharding.is_equivalent_to(batch_sharding(mesh), 3)
         # float32 sums in another order: the whole length in place of the caption's own.
-        np.testing.assert_allclose(texts["text_emb"], np.roll(emb, shift, axis=0), atol=1e-5)
+        np.testing.assert_allclose(texts["text_emb"], np.roll(emb, shift, axis=0), atol=FLOAT32)
         np.testing.assert_array_equal(texts["text_mask"], np.roll(mask, shift, axis=0))
     assert encoder._apply._cache_size() == 1
 
