@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from cascade.data.fingerprint import fingerprint
+from cascade.data.fingerprint import contents, fingerprint
 from cascade.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -52,6 +52,7 @@ class Folder:
         _check_match(path, names, captions, "a metadata row" if metadata else "a .txt file")
         self._names, self._captions = names, captions
         self.fingerprint = fingerprint([*pictures, *(metadata or texts)], (path,))
+        self.contents = contents([*pictures, *(metadata or texts)])
 
     def __reduce__(self):
         return (Folder, (self._path,))

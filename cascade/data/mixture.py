@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -31,8 +31,14 @@ class Mixture:
         self._sources = {name: sources[name] for name in sorted(sources)}
         self._weights = {name: weights[name] for name in self._sources}
         self._ends = np.cumsum([len(source) for source in self._sources.values()])
-        marks = [f"{k} {self._weights[k]} {s.fingerprint}" for k, s in self._sources.items()]
-        self.fingerprint = hashlib.sha256("\n".join(marks).encode()).hexdigest()
+        parts = self._sources.items()
+        self.fingerprint = _digest(f"{k} {self._weights[k]} {s.fingerprint}" for k, s in parts)
+        held = [source.contents for source in self._sources.values()]
+        self.contents = {
+            "files": sum(part["files"] for part in held),
+            "bytes": sum(part["bytes"] for part in held),
+            "digest": _digest(part["digest"] for part in held)[:16],
+        }
 
     def __reduce__(self):
         return (Mixture, (self._sources, self._weights))
@@ -64,3 +70,7 @@ class Mixture:
         k = int(np.searchsorted(self._ends, i, side="right"))
         name, source = list(self._sources.items())[k]
         return name, source, i - int(self._ends[k]) + len(source)
+
+
+def _digest(marks: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest()

@@ -5,10 +5,14 @@ import itertools
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cascade.data.fingerprint import fingerprint
+import numpy as np
+
+from cascade.data.fingerprint import contents, fingerprint
+from cascade.data.preprocess import BrokenPicture
 from cascade.errors import UserError
 
 
@@ -69,6 +73,38 @@ def read_file(path: Path) -> Iterator[bytes]:
             yield records[i]
 
 
+def check_files(paths: Iterable[Path]):
+    """Opens each file, which takes its end to be whole.
+
+    Raises:
+      UserError: naming the first that is no ArrayRecord file, or is damaged or cut short.
+    """
+    paths = sorted(paths)
+    with ThreadPoolExecutor() as pool:  # on a network's disk it is the waiting that takes long
+        for path, said in zip(paths, pool.map(_fault, paths), strict=True):
+            if said:
+                raise UserError(
+                    f"Cannot read {path} as an ArrayRecord file ({said}); it is damaged or cut "
+                    "short: restore it, or take it out of the data."
+                )
+
+
+def _fault(path: Path) -> str:
+    """Why a file can't be opened; "" if it can be."""
+    try:
+        _count(path)
+    except Exception as error:  # the library raises several kinds
+        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return ""
+
+
+def _count(path: Path) -> int:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    with ArrayRecordDataSource([str(path)]) as records:
+        return len(records)
+
+
 class ArrayRecord:
     """See `cascade.data.sources.array_record`."""
 
@@ -79,11 +115,10 @@ class ArrayRecord:
         paths = sorted(glob.glob(os.path.expanduser(files)))
         if not paths:
             raise UserError(f"No file matches {files!r}; correct the pattern `files`.")
-        try:
-            self._records = ArrayRecordDataSource(paths)
-            self._count = len(self._records)
-        except Exception as error:  # the library raises several kinds
-            raise UserError(f"Cannot read {files!r} as ArrayRecord files: {error}.") from error
+        check_files(map(Path, paths))
+        self._paths, self._ends = paths, None
+        self._records = ArrayRecordDataSource(paths)
+        self._count = len(self._records)
         if self._count:
             features = self._features(0)
             for key in (image_key, caption_key):
@@ -94,6 +129,7 @@ class ArrayRecord:
                     )
         self.folder = Path(paths[0]).parent
         self.fingerprint = fingerprint(map(Path, paths), self._arguments)
+        self.contents = contents(map(Path, paths))
 
     def __reduce__(self):
         return (ArrayRecord, self._arguments)
@@ -118,7 +154,17 @@ class ArrayRecord:
     def _features(self, i: int):
         from tensorflow_datasets.proto import tf_example_pb2
 
-        return tf_example_pb2.Example.FromString(self._records[i]).features.feature
+        try:
+            return tf_example_pb2.Example.FromString(self._records[i]).features.feature
+        except Exception as error:  # the library's kinds are many, and none names the file
+            raise BrokenPicture(f"{self._place(i)} is damaged: {error}") from error
+
+    def _place(self, i: int) -> str:
+        """The file of record i and its number there."""
+        if self._ends is None:
+            self._ends = np.cumsum([_count(Path(path)) for path in self._paths])
+        file = int(np.searchsorted(self._ends, i, side="right"))
+        return f"record {i - (self._ends[file - 1] if file else 0)} of {self._paths[file]}"
 
     def _texts(self, features) -> list[str]:
         return [

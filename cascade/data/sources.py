@@ -3,8 +3,9 @@
 A source has `__len__`, and `source[i]` is a record {"image": encoded file as bytes or uint8
 [H, W, 3], "captions": texts with the plainest first, "key": str}. `source.captions(i)` reads
 captions alone, without decoding a picture, and `source.key(i)` reads nothing. `source.folder` is
-where it lies (None: nowhere) and `source.fingerprint` changes when its content does. Sources are
-picklable: workers open their own.
+where it lies (None: nowhere), `source.fingerprint` changes when its content or its place does and
+`source.contents` when its content does (see `cascade.data.fingerprint`). Sources are picklable:
+workers open their own.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -147,6 +148,7 @@ class Synthetic:
             raise UserError("A synthetic source needs records, side and captions of 1 or more.")
         self._arguments = (records, side, captions, seed)
         self.fingerprint = fingerprint([], self._arguments)
+        self.contents = {"files": 0, "bytes": 0, "digest": self.fingerprint[:16]}
 
     def __reduce__(self):
         return (Synthetic, self._arguments)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cascade.data.fingerprint import fingerprint
+from cascade.data.fingerprint import contents, fingerprint
 from cascade.data.preprocess import BrokenPicture
 from cascade.errors import UserError
 
@@ -26,6 +26,7 @@ class Table:
         self._ends = np.cumsum([len(table) for table in tables])
         self.folder = paths[0].parent
         self.fingerprint = fingerprint(paths, self._arguments)
+        self.contents = contents(paths)
 
     def __reduce__(self):
         return (Table, self._arguments)

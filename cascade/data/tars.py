@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cascade.data.fingerprint import fingerprint
+from cascade.data.fingerprint import contents, fingerprint
 from cascade.data.folder import SUFFIXES
 from cascade.data.preprocess import BrokenPicture
 from cascade.errors import UserError
@@ -42,6 +42,7 @@ class Tars:
         if not self._paths:
             raise UserError(f"No file matches {files!r}; correct the pattern `files`.")
         self.fingerprint = fingerprint(self._paths, self._arguments)
+        self.contents = contents(self._paths)
         progress = tqdm(self._paths, "index tars", unit="tar", disable=None, delay=5)
         self._indices = [open_index(path) for path in progress]
         self._ends = np.cumsum([len(index) for index in self._indices])

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from cascade.data.fingerprint import fingerprint
+from cascade.data.fingerprint import contents, fingerprint
+from cascade.data.record_files import check_files
 from cascade.errors import UserError
 
 
@@ -44,6 +45,8 @@ class Tfds:
                     f"Data set {dataset!r} has no {what} feature {key!r}{is_other}; "
                     f"choose from {', '.join(sorted(known)) or 'another data set'}."
                 )
+        self.folder = Path(builder.data_dir)
+        check_files(f for f in self.folder.iterdir() if ".array_record" in f.name)
         try:
             self._records = builder.as_data_source(
                 split, decoders={image_key: library.decode.SkipDecoding()}
@@ -55,10 +58,9 @@ class Tfds:
             ) from error
         self._image_key, self._caption_key, self._template = image_key, caption_key, template
         self._names = getattr(leaves[caption_key], "names", None)
-        self.folder = Path(builder.data_dir)
-        self.fingerprint = fingerprint(
-            [f for f in self.folder.iterdir() if f.is_file()], self._arguments
-        )
+        files = [f for f in self.folder.iterdir() if f.is_file()]
+        self.fingerprint = fingerprint(files, self._arguments)
+        self.contents = contents(files)
 
     def __reduce__(self):
         return (Tfds, self._arguments)
