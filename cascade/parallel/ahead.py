@@ -132,6 +132,8 @@ def measure(request: dict, tell: Callable[[str], None]) -> dict:
     devices = find_devices(request["topology"])
     mesh = meshes.make_mesh(**config.mesh, devices=devices)
     stage = Stage(config.stage)
+    # Accumulation is unrolled where it asks and hears of a CPU, and what is asked for isn't one.
+    jax.default_backend = lambda: devices[0].platform
     tell("trace")
     build = sampling_program if request["sample"] else training_program
     program = build(config, stage, mesh)

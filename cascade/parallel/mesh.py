@@ -4,7 +4,7 @@ import math
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,7 +14,7 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
-    """Arranges devices as [data, fsdp, tensor].
+    """Arranges devices as [data, fsdp, tensor]; of several TPU slices, `data` counts them first.
 
     Args:
       data, fsdp, tensor: axis sizes; one of them may be -1, "whatever is left". Batches are split
@@ -22,7 +22,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
       devices: the devices to use; all of them by default.
 
     Raises:
-      UserError: the sizes don't multiply to the number of devices.
+      UserError: the sizes don't multiply to the number of devices, or slices don't divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -38,7 +38,19 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
             "change config.mesh so that the sizes multiply to that number, or use one -1."
         )
     # The Explicit default of jax.make_mesh fails on a sharded convolution kernel.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    kinds = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    if sizes[0] % slices:
+        raise UserError(
+            f"Mesh {wished} splits batches {sizes[0]} ways over `data`, but there are {slices} "
+            "slices, between which only batches are split; make config.mesh.data a multiple of "
+            f"{slices}."
+        )
+    inside = (sizes[0] // slices, *sizes[1:])
+    arranged = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    return Mesh(arranged, AXES, axis_types=kinds)
 
 
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh):

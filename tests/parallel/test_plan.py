@@ -118,6 +118,19 @@ def test_a_tpu_that_isnt_here_is_planned_for(tiny):
         plan.measure(tiny, "v5e-4", progress=False)
 
 
+def test_slices_reduce_over_the_network(tiny):
+    pytest.importorskip("libtpu")
+    tiny.mesh = {"data": 4, "fsdp": 3, "tensor": 1}
+    with pytest.raises(UserError, match="3 slices"):
+        plan.measure(tiny, "3xv5e-4", progress=False)
+    tiny.mesh, tiny.train.microbatches = {"data": 2, "fsdp": 4, "tensor": 1}, 2
+    found = plan.measure(tiny, "2xv5e-4", progress=False)
+    # Of each gradient every chip of a slice sends its share to the other slice, and back.
+    least = 2 * found.parameters / 4
+    assert found.sent["between slices"][0] >= least
+    assert "network" in estimate(found, 16, 0.4).bounds
+
+
 def test_a_compiler_that_takes_too_much_is_stopped(tiny):
     with pytest.raises(UserError, match="--host-memory"):
         plan.measure(tiny, "local", host_limit=30e6, progress=False)
