@@ -54,7 +54,7 @@ ATTENTION = {
 }
 LEVELS = re.compile(
     r"(down|middle|up)(?:_(\d+))?/"
-    r"(?:resample/ResidualBlock_0|block_(\d+)/(residual|attention))/(\w+)"
+    r"(?:resample/residual|block_(\d+)/(residual|attention))/(\w+)"
 )
 
 

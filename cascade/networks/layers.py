@@ -191,7 +191,9 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
         if self.kind == "block":
-            block = ResidualBlock(x.shape[-1], self.style, lambda y: shrink(y, self.stride))
+            block = ResidualBlock(
+                x.shape[-1], self.style, lambda y: shrink(y, self.stride), name="residual"
+            )
             return block(x, emb)
         return conv3x3(self.channels, self.style.dtype, "conv", self.stride)(x)
 
@@ -212,7 +214,9 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
         if self.kind == "block":
-            block = ResidualBlock(x.shape[-1], self.style, lambda y: enlarge(y, self.stride))
+            block = ResidualBlock(
+                x.shape[-1], self.style, lambda y: enlarge(y, self.stride), name="residual"
+            )
             return block(x, emb)
         if self.kind == "nearest":
             return conv3x3(self.channels, self.style.dtype, "conv")(enlarge(x, self.stride))
