@@ -169,7 +169,7 @@ def measure(request: dict, tell: Callable[[str], None]) -> dict:
         slices = {getattr(device, "slice_index", None) for device in devices}
         measured |= read(compiled, len(devices), len(slices))
     except jax.errors.JaxRuntimeError as error:
-        measured["peak_bytes"] = needed_bytes(error)
+        measured["peak_bytes"] = needed_bytes(error, argument_bytes(program.arguments))
     measured["compile_seconds"] = time.monotonic() - start
     measured["host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return measured
@@ -195,16 +195,28 @@ def read(compiled, devices: int, slices: int) -> dict:
     }
 
 
-def needed_bytes(error: Exception) -> float:
+def argument_bytes(arguments) -> int:
+    """One device's part of arrays with shardings."""
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+        for a in jax.tree.leaves(arguments)
+    )
+
+
+def needed_bytes(error: Exception, arguments: int) -> float:
     """What a program that doesn't fit would take, from the TPU compiler's refusal.
+
+    It tells either all of it ("Used 20.5G of 15.75G hbm") or the temporaries alone, to which
+    `arguments` bytes are added.
 
     Raises:
       Exception: `error` itself, where it says something else.
     """
-    match = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", str(error))
-    if not match:
+    match = re.search(r"(Used |HLO temporaries \()([\d.]+)([KMGT]?)", str(error))
+    if not match or "emory" not in str(error):
         raise error
-    return float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")
+    size = float(match[2]) * 1024 ** " KMGT".index(match[3] or " ")
+    return size if match[1] == "Used " else size + arguments
 
 
 def _memory_here(device: jax.Device) -> int | None:

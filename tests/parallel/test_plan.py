@@ -165,9 +165,22 @@ def test_what_doesnt_fit_is_said():
     refused = measured(peak_bytes=20e9, sent=None, traffic_bytes=None, argument_bytes=None)
     text = report(refused, what="w", where="v5e-256", batch=1, steps=1, utilisation=0.4)
     assert "does not fit" in text and "bound" not in text
-    assert needed_bytes(RuntimeError("Ran out. Used 20.5G of 15.75G hbm.")) == 20.5 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("refusal", "gib"),
+    [
+        ("Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.", 20.5),
+        ("Ran out of memory on HBM, the total memory required for HLO temporaries (512.00M)", 2.5),
+    ],
+)
+def test_the_compilers_refusal_says_how_much(refusal, gib):
+    assert needed_bytes(RuntimeError(refusal), 2 * 2**30) == gib * 2**30
+
+
+def test_another_failure_stays_one():
     with pytest.raises(RuntimeError, match="else"):
-        needed_bytes(RuntimeError("something else"))
+        needed_bytes(RuntimeError("Used something else"), 0)
 
 
 def test_search_says_where_nothing_fits(tiny, monkeypatch):
