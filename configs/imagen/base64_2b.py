@@ -101,14 +101,16 @@ def get_config(arg: str = "") -> ConfigDict:
     config.text = {
         "name": "t5",
         "max_length": 128,
-        "weights": "google/t5-v1_1-xxl",  # a folder, or a hub id
+        # A folder, or a hub id: here T5 v1.1 XXL's encoder in safetensors, which google's own
+        # repository has as a pickle alone.
+        "weights": "mcmonkey/google_t5-v1_1-xxl_encoderonly",
         "null": "zeros",
         "keep_padding": False,
         "lower_case": False,
         "dtype": "bfloat16",
     }
     # A folder of "" encodes inside the training step's input path instead.
-    config.text_cache = {"folder": "data/text_cache", "dtype": "int8"}
+    config.text_cache = {"folder": "data/text_cache", "dtype": "bfloat16"}
 
     pictures = {"name": "array_record", "image_key": "image", "caption_key": "captions"}
     config.data = {
