@@ -213,9 +213,12 @@ class Collate(NamedTuple):
         batch = dict(self.texts([element["caption"] for element in elements]))
         for name in ("image", "lowres"):
             if name in elements[0]:
-                pixels = np.stack([element[name] for element in elements])
                 # As `images.to_float`, but means of pixels, in lowres, keep their fractions.
-                batch[name] = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+                pixels = np.empty((len(elements), *elements[0][name].shape), np.float32)
+                for element, place in zip(elements, pixels, strict=True):
+                    np.divide(element[name], np.float32(127.5), out=place)
+                    place -= np.float32(1)
+                batch[name] = pixels
         if "valid" in elements[0]:
             batch["valid"] = np.array([element["valid"] for element in elements])
         return batch

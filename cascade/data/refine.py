@@ -12,10 +12,10 @@ from cascade.data.duplicates import Look, look
 from cascade.data.preprocess import (
     SPARE,
     Filtered,
-    area_resize,
     check_shape,
     colour,
     open_picture,
+    resized,
     square_crop,
 )
 from cascade.data.sources import read_record
@@ -50,7 +50,7 @@ def refine(source, index: int, encoder, settings: Mapping[str, Any]) -> Refined:
         raise Filtered(f"no caption of {shortest} to {longest} characters")
     picture, (height, width) = _pixels(record["image"], form)
     check_shape(height, width, limits["min_side"], limits["max_aspect"])
-    picture = _resized(picture, form["side"], form["square"])
+    picture = _shrunk(picture, form["side"], form["square"])
     tokens = encoder.tokenize(captions)
     ids = [row[mask].tolist() for row, mask in zip(tokens.ids, tokens.mask, strict=True)]
     example = {
@@ -80,15 +80,14 @@ def _pixels(image: bytes | np.ndarray, form: Mapping) -> tuple[np.ndarray, tuple
     return open_picture(image, colour(form["ground"]), SPARE * form["side"])
 
 
-def _resized(picture: np.ndarray, side: int, square: bool) -> np.ndarray:
+def _shrunk(picture: np.ndarray, side: int, square: bool) -> np.ndarray:
     """The shorter side brought down to `side`; what is smaller stays."""
     picture = square_crop(picture, None) if square else picture
     height, width = picture.shape[:2]
     share = side / min(height, width)
     if share >= 1:
         return picture
-    resized = area_resize(picture, round(height * share), round(width * share))
-    return np.round(resized).astype(np.uint8)
+    return resized(picture, round(height * share), round(width * share))
 
 
 def encode(picture: np.ndarray, encoding: str, quality: int) -> bytes:

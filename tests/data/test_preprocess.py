@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+from cascade.data import preprocess
 from cascade.data.preprocess import (
     BrokenPicture,
     Filtered,
@@ -18,6 +19,8 @@ from cascade.data.preprocess import (
     area_resize,
     colour,
     decode,
+    open_picture,
+    resized,
     square_crop,
 )
 from cascade.errors import UserError
@@ -246,3 +249,45 @@ def test_offsets_are_every_multiple_of_the_factor_and_central_without_generator(
 def test_sizes_that_do_not_divide_are_refused(sizes):
     with pytest.raises(UserError):
         PairCrop(*sizes).check()
+
+
+@given(factor=st.sampled_from([1, 2, 3, 4, 5, 8]), seed=st.integers(0, 99))
+def test_resized_is_the_area_mean_rounded_with_halves_up(factor, seed):
+    rng = np.random.default_rng(seed)
+    picture = rng.integers(0, 256, (6 * factor, 4 * factor, 3), np.uint8)
+    sums = picture.reshape(6, factor, 4, factor, 3).sum((1, 3), dtype=np.int64)
+    expected = (2 * sums + factor**2) // (2 * factor**2)
+    np.testing.assert_array_equal(resized(picture, 6, 4), expected)
+
+
+def test_rows_in_blocks_are_rows_at_once(monkeypatch):
+    picture = np.random.default_rng(0).integers(0, 256, (37, 23, 3), np.uint8)
+    whole = area_resize(picture, 11, 30)
+    for size in (1, 1000):
+        monkeypatch.setattr(preprocess, "BLOCK_BYTES", size)
+        np.testing.assert_array_equal(area_resize(picture, 11, 30), whole)
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+def test_a_large_jpeg_is_decoded_smaller_to_the_same_effect(turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encode(smooth(640, 480), "jpeg", quality=95, exif=exif)
+    whole, size = open_picture(data, WHITE)
+    small, same_size = open_picture(data, WHITE, 2 * 50)
+    assert size == same_size == whole.shape[:2] == ((480, 640) if turn == 1 else (640, 480))
+    assert min(small.shape[:2]) == 120  # a quarter; an eighth would be less than 100
+    one, two = (area_resize(p, *(n // 8 for n in size)) for p in (whole, small))
+    assert np.abs(one - two).mean() < 0.5  # levels of 255
+
+
+def test_the_filter_sees_the_size_of_the_file_not_of_what_was_decoded():
+    data = encode(smooth(800, 400), "jpeg")
+    assert Preprocess(16, WHITE, 400, 2.0)(data).shape == (16, 16, 3)
+    with pytest.raises(Filtered, match="800x400 has a side below 401"):
+        Preprocess(16, WHITE, 401, 2.0)(data)
