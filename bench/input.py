@@ -68,6 +68,7 @@ def ours(folder: Path, side: int) -> Iterator:
         "filter": {"min_side": 0, "max_aspect": 100.0},
         "ground": "#ffffff",
         "crop": "centre",
+        "buckets": (),
         "workers": 0,
         "max_broken_rate": 0.0,
         "cache_decoded": False,

@@ -65,6 +65,7 @@ SCHEMA = {
         "filter": {"min_side": int, "max_aspect": float},
         "ground": str,
         "crop": str,
+        "buckets": tuple,  # of (height, width), for training on crops; (): squares alone
         "workers": int,
         "max_broken_rate": float,
         "cache_decoded": bool,

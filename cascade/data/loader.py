@@ -7,7 +7,6 @@ position, a resumed run continues with the very next batch, and workers change n
 """
 
 import atexit
-import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +16,9 @@ import numpy as np
 from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
+from cascade.data.buckets import Bucketed
 from cascade.data.decoded import decoded
+from cascade.data.judge import PADDING, Fill, Judge, Skipped
 from cascade.data.mixture import Mixture
 from cascade.data.order import MixedOrder, Order
 from cascade.data.preprocess import (
@@ -32,25 +33,8 @@ from cascade.data.sources import SOURCES, captions_of, read_record
 from cascade.errors import UserError
 from cascade.registry import build
 
-log = logging.getLogger(__name__)
-
 ENDLESS = 2**62
 READY_BATCHES = 2
-# A rate of broken records means nothing before this many, or all, were seen.
-RATE_WINDOW = 100
-
-
-class Skipped(NamedTuple):
-    """Takes the place of a record that can't be used, so that someone can count it."""
-
-    record: int
-    key: str
-    reason: str
-    broken: bool
-
-
-# Fills evaluation's last batch; nothing was skipped.
-PADDING = {"padding": True}
 
 
 class Prepare(NamedTuple):
@@ -58,7 +42,7 @@ class Prepare(NamedTuple):
 
     source: Any
     order: Order | MixedOrder
-    preprocess: Preprocess | None  # None: the source's pictures are preprocessed already
+    preprocess: Preprocess | Bucketed | None  # None: the source's pictures are preprocessed already
     pair: PairCrop
     train: bool
     random_crop: bool
@@ -77,99 +61,17 @@ class Prepare(NamedTuple):
         except (BrokenPicture, Filtered) as reason:
             return Skipped(index, key, str(reason), isinstance(reason, BrokenPicture))
         choice = int(rng.integers(len(record["captions"]))) if self.train else 0
-        offset = self.pair.offset(rng if self.train else None)
+        offset = self.pair.offset(rng if self.train else None, picture.shape[:2])
         return {"caption": record["captions"][choice], **self.pair(picture, offset)}
 
     def blank(self) -> dict[str, Any]:
         """A black picture with some caption of the source."""
         side = self.pair.resolution
-        black = self.pair(np.zeros((side, side, 3), np.uint8), self.pair.offset(None))
+        black = self.pair(np.zeros((side, side, 3), np.uint8), (0, 0))
         caption = next(captions_of(self.source), None)
         if caption is None:
             raise UserError("No record of the evaluation source can be read; check its files.")
         return {"caption": caption, **black}
-
-
-class Judge:
-    """Lets prepared pictures pass; counts, logs and drops skipped ones.
-
-    A record counts once, however often it comes by; a broken one is then named. The counts are told
-    at the end of the first pass, and whenever the number of skipped records reaches a power of two.
-    """
-
-    def __init__(self, records: int, max_broken_rate: float):
-        self._records, self._max_rate = records, max_broken_rate
-        self._came = self._passed = 0
-        self._broken, self._filtered = set(), set()  # record numbers
-
-    def __call__(self, element) -> bool:
-        """True for a picture.
-
-        Raises:
-          UserError: too many are broken, or a whole pass left no picture.
-        """
-        self._came += 1
-        usable = not isinstance(element, Skipped)
-        self._passed += usable
-        grown = not usable and self._count(element)
-        skipped = len(self._broken) + len(self._filtered)
-        if skipped and (grown or self._came == self._records):
-            log.warning(
-                "Skipped %d of %d records so far: %d broken, %d left out by the filter.",
-                skipped,
-                self._seen,
-                len(self._broken),
-                len(self._filtered),
-            )
-        return usable
-
-    @property
-    def _seen(self) -> int:
-        """How many records came by, repeats left out."""
-        return min(self._came, self._records)
-
-    def _count(self, element: Skipped) -> bool:
-        """Counts and names a record that can't be used, and raises what `__call__` raises.
-
-        Returns:
-          Whether it is new and makes their number a power of two.
-        """
-        kind = self._broken if element.broken else self._filtered
-        new = element.record not in kind
-        kind.add(element.record)
-        last = f"(the last: {element.key!r}, {element.reason})"
-        if new and element.broken:
-            log.warning("Skipped broken record %r: %s", element.key, element.reason)
-            least = min(RATE_WINDOW, self._records)
-            if len(self._broken) > self._max_rate * max(self._seen, least):
-                raise UserError(
-                    f"{len(self._broken)} of the first {self._seen} records are broken, more than "
-                    f"max_broken_rate {self._max_rate} of {max(self._seen, least)} {last}; repair "
-                    "or remove them, or raise the rate."
-                )
-        if not self._passed and self._came >= self._records:
-            raise UserError(
-                f"None of {self._records} records is usable {last}; repair the broken ones or "
-                "loosen the filter."
-            )
-        return new and (len(self._broken) + len(self._filtered)).bit_count() == 1
-
-
-class Fill:
-    """Evaluation's way with what can't be used: a blank in its place, marked invalid.
-
-    Batches then keep their number and their size, whatever is broken and whoever else evaluates.
-    """
-
-    def __init__(self, blank: dict[str, Any], judge: Judge):
-        self._blank, self._judge = blank, judge
-
-    def __call__(self, element):
-        """Element -> element with "valid"."""
-        if element == PADDING:
-            return {**self._blank, "valid": False}
-        usable = self._judge(element)
-        return {**(element if usable else self._blank), "valid": usable}
 
 
 class SameData(grain.DatasetIterator):
@@ -283,28 +185,20 @@ def make_loader(
     if section["crop"] not in CROPS:
         raise UserError(f"Unknown crop {section['crop']!r}; choose from {', '.join(CROPS)}.")
     random_crop = train and section["crop"] == "random"
-    if random_crop and section["cache_decoded"]:
-        raise UserError(
-            "crop 'random' and cache_decoded contradict each other, since a cached picture is "
-            "already cropped; set crop to 'centre' or cache_decoded to False."
-        )
     if source is None:
         source = make_source(section, train=train)
-    preprocess = Preprocess(
-        resolution,
-        colour(section["ground"]),
-        section["filter"]["min_side"],
-        section["filter"]["max_aspect"],
-    )
+    _check_cache(section, source, random_crop)
     held = {"records": len(source), **source.contents}
-    if section["cache_decoded"] and isinstance(source, Mixture):
-        raise UserError(
-            "The decoded pictures of a mixture can't be cached; set cache_decoded to False, and "
-            "prepare slow sources with `cascade data prepare`."
-        )
+    pair = PairCrop(resolution, lowres_resolution, crop_resolution).check()
+    limits = (
+        colour(section["ground"]),
+        *(section["filter"][k] for k in ("min_side", "max_aspect")),
+    )
+    preprocess = Preprocess(resolution, *limits)
+    if section["buckets"]:
+        preprocess = Bucketed(section["buckets"], *limits).check(pair)
     if section["cache_decoded"] and source.folder is not None:
         source, preprocess = decoded(source, preprocess), None
-    pair = PairCrop(resolution, lowres_resolution, crop_resolution).check()
     mixed = train and isinstance(source, Mixture)
     order = source.order(seed) if mixed else Order(len(source), seed if train else None)
     prepare = Prepare(source, order, preprocess, pair, train, random_crop)
@@ -321,6 +215,23 @@ def make_loader(
     loader = SameData(ready, held)
     atexit.register(_close, weakref.ref(loader))  # left to the interpreter's end, it would complain
     return loader
+
+
+def _check_cache(section: Mapping[str, Any], source: Any, random_crop: bool):
+    """Raises a UserError where pictures can't be cached as they are wanted."""
+    if not section["cache_decoded"]:
+        return
+    if random_crop:
+        raise UserError(
+            "crop 'random' and cache_decoded contradict each other, since a cached picture is "
+            "already cropped; set crop to 'centre' or cache_decoded to False."
+        )
+    if section["buckets"] or isinstance(source, Mixture):
+        what = "pictures in buckets" if section["buckets"] else "the pictures of a mixture"
+        raise UserError(
+            f"cache_decoded can't keep {what}; set it to False, and prepare slow sources with "
+            "`cascade data prepare`."
+        )
 
 
 def _in_workers(prepared: grain.MapDataset, workers: int) -> grain.IterDataset:

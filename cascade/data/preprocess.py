@@ -158,14 +158,20 @@ def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def square_crop(picture: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
     """The largest square of [H, W, C]: in the centre, or anywhere `rng` likes."""
-    height, width = picture.shape[:2]
-    side = min(height, width)
-    top, left = height - side, width - side
+    side = min(picture.shape[:2])
+    return cut(picture, side, side, rng)
+
+
+def cut(
+    picture: np.ndarray, height: int, width: int, rng: np.random.Generator | None
+) -> np.ndarray:
+    """[height, width, C] of a picture [H, W, C]: in the centre, or anywhere `rng` likes."""
+    top, left = picture.shape[0] - height, picture.shape[1] - width
     if rng is None:
         top, left = top // 2, left // 2
     else:
         top, left = int(rng.integers(top + 1)), int(rng.integers(left + 1))
-    return picture[top : top + side, left : left + side]
+    return picture[top : top + height, left : left + width]
 
 
 def check_shape(height: int, width: int, min_side: int, max_aspect: float):
@@ -240,16 +246,21 @@ class PairCrop(NamedTuple):
         """Pixels of the picture to one of its lowres, along a side."""
         return self.resolution // self.lowres_resolution if self.lowres_resolution else 1
 
-    def offset(self, rng: np.random.Generator | None) -> tuple[int, int]:
-        """Top left pixel of the crop: the centre's, or where `rng` likes; a multiple of f."""
-        places = (self.resolution - (self.crop_resolution or self.resolution)) // self.factor
-        if rng is None:
-            return (places // 2 * self.factor,) * 2
-        top, left = rng.integers(places + 1, size=2)
+    def offset(
+        self, rng: np.random.Generator | None, size: tuple[int, int] | None = None
+    ) -> tuple[int, int]:
+        """Top left pixel of the crop: the centre's, or where `rng` likes; a multiple of f.
+
+        size: of the picture, where it isn't resolution × resolution.
+        """
+        side = self.crop_resolution or self.resolution
+        whole = np.array(size or (self.resolution, self.resolution))
+        places = (whole - side) // self.factor
+        top, left = places // 2 if rng is None else rng.integers(places + 1)
         return int(top) * self.factor, int(left) * self.factor
 
     def __call__(self, picture: np.ndarray, offset: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Cuts uint8 [R, R, 3] into {"image": uint8 [c, c, 3], "lowres": float32 0..255}."""
+        """Cuts uint8 [H, W, 3] into {"image": uint8 [c, c, 3], "lowres": float32 0..255}."""
         side = self.crop_resolution or self.resolution
         top, left = offset
         crop = picture[top : top + side, left : left + side]

@@ -96,6 +96,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "filter": {"min_side": 1, "max_aspect": 4.0},  # pictures outside it are left out
         "ground": "#ffffff",  # what shows through transparent pictures
         "crop": "centre",
+        "buckets": (),  # (height, width) of long pictures, for a stage that trains on crops
         "workers": 0,
         "max_broken_rate": 0.01,
         "cache_decoded": True,

@@ -48,6 +48,7 @@ def loader(source, rate: float = 0.1):
             "filter": {"min_side": 0, "max_aspect": 100.0},
             "ground": "#ffffff",
             "crop": "centre",
+            "buckets": (),
             "workers": 0,
             "max_broken_rate": rate,
             "cache_decoded": False,

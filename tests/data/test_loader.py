@@ -58,6 +58,7 @@ def section(folder, **changes) -> ml_collections.ConfigDict:
             "filter": {"min_side": 0, "max_aspect": 100.0},
             "ground": "#ffffff",
             "crop": "centre",
+            "buckets": (),
             "workers": 0,
             "max_broken_rate": 0.1,
             "cache_decoded": False,

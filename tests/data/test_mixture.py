@@ -38,6 +38,7 @@ def data(**changes) -> ml_collections.ConfigDict:
             "filter": {"min_side": 0, "max_aspect": 100.0},
             "ground": "#ffffff",
             "crop": "centre",
+            "buckets": (),
             "workers": 0,
             "max_broken_rate": 0.0,
             "cache_decoded": False,
@@ -162,5 +163,5 @@ def test_refusals(change, what):
 
 
 def test_decoded_pictures_of_a_mixture_are_not_cached():
-    with pytest.raises(UserError, match=r"mixture.*cache_decoded to False"):
+    with pytest.raises(UserError, match=r"cache_decoded can.t keep .* a mixture"):
         loader(data(cache_decoded=True))
