@@ -79,23 +79,17 @@ def check_files(paths: Iterable[Path]):
     Raises:
       UserError: naming the first that is no ArrayRecord file, or is damaged or cut short.
     """
-    paths = sorted(paths)
     with ThreadPoolExecutor() as pool:  # on a network's disk it is the waiting that takes long
-        for path, said in zip(paths, pool.map(_fault, paths), strict=True):
-            if said:
-                raise UserError(
-                    f"Cannot read {path} as an ArrayRecord file ({said}); it is damaged or cut "
-                    "short: restore it, or take it out of the data."
-                )
-
-
-def _fault(path: Path) -> str:
-    """Why a file can't be opened; "" if it can be."""
-    try:
-        _count(path)
-    except Exception as error:  # the library raises several kinds
-        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    return ""
+        opened = [(path, pool.submit(_count, path)) for path in sorted(paths)]
+    for path, result in opened:
+        try:
+            result.result()
+        except Exception as error:  # the library raises several kinds
+            said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise UserError(
+                f"Cannot read {path} as an ArrayRecord file ({said}); it is damaged or cut short: "
+                "restore it, or take it out of the data."
+            ) from error
 
 
 def _count(path: Path) -> int:
