@@ -2,7 +2,7 @@
 
     cascade data prepare --config configs/prepare.py:webdataset --out data/web
     cascade data prepare --config configs/prepare.py:emoji --out data/prepared \\
-        --config.picture.side=64 --config.filter.duplicate_bits=2
+        --config.picture.side=64 --config.filter.min_side=64
 """
 
 from ml_collections import ConfigDict
@@ -46,6 +46,8 @@ def get_config(arg: str = "webdataset") -> ConfigDict:
         "max_caption": 1000,
         "duplicate_bits": 3,  # of 64 that may differ between duplicates; -1 keeps them all
     }
+    if arg == "emoji":  # drawings that are meant to differ in little more than a smile
+        config.filter.duplicate_bits = -1
     config.picture = {
         "side": 1024,  # the shorter one; what is smaller stays as it is
         "square": False,  # True: only the central square is kept
