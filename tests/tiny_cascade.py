@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from cascade import config as configs
 from cascade.bundle import TrainedStage
 from cascade.stage import Stage
 from cascade.text.interface import TextEncoder, Tokens, checked_text
@@ -128,3 +129,14 @@ def trained(config: ConfigDict, steps: int = 7) -> TrainedStage:
 def tiny_stages() -> list[TrainedStage]:
     """A base stage of 8×8 and one that doubles it."""
     return [trained(stage_config(8, 0)), trained(stage_config(16, 8))]
+
+
+def tiny_experiment() -> ConfigDict:
+    """A complete config, unlocked, whose network of 8×8 pictures compiles in seconds."""
+    config = configs.load("configs/emoji/base64.py:smoke")
+    config.unlock()
+    config.stage = stage_config(8, 0)
+    config.text.max_length = config.stage.text_length
+    config.train.batch_size = 16
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    return config

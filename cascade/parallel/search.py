@@ -113,7 +113,7 @@ def _merit(found: Found) -> tuple:
 
 
 def meshes(own: dict[str, int], devices: int) -> list[dict[str, int]]:
-    """The config's mesh, then its tensor axis with parameters split over all, 8, and no devices."""
+    """The config's mesh, then with parameters over all devices, over 8, and whole."""
     rest = devices // own["tensor"]
     splits = dict.fromkeys([own["fsdp"], rest, 8, 1])
     return [

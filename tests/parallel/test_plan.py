@@ -7,9 +7,8 @@ import subprocess
 import jax
 import pytest
 from click.testing import CliRunner
-from tiny_cascade import stage_config
+from tiny_cascade import tiny_experiment
 
-from cascade import config as configs
 from cascade.cli import main
 from cascade.errors import UserError
 from cascade.parallel import plan
@@ -30,14 +29,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny():
-    """An experiment whose network compiles in seconds, on eight devices."""
-    config = configs.load(SMOKE)
-    config.unlock()
-    config.stage = stage_config(8, 0)
-    config.text.max_length = 4
-    config.train.batch_size = 16
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
-    return config
+    return tiny_experiment()
 
 
 def measured(**changes) -> plan.Measured:
@@ -101,34 +93,6 @@ def test_a_sampler_is_measured(tiny):
     assert found.donated_bytes == 0
     text = report(found, what="w", where="local", batch=16, steps=None, utilisation=0.4)
     assert "FLOPs a batch" in text and "days" not in text
-
-
-def test_a_tpu_that_isnt_here_is_planned_for(tiny):
-    pytest.importorskip("libtpu")
-    tiny.mesh = {"data": 2, "fsdp": 2, "tensor": 1}
-    found = plan.measure(tiny, "v5e-4", progress=False)
-    assert (found.device_kind, found.devices) == ("TPU v5 lite", 4)
-    assert 8 * found.parameters <= found.donated_bytes <= found.argument_bytes < found.peak_bytes
-    assert sum(size for size, _ in found.sent.values()) > found.ideal_bytes
-    result = estimate(found, 16, 0.4)
-    assert result.fits and set(result.bounds) == {"arithmetic", "memory", "interconnect"}
-    assert min(result.bounds.values()) > 0
-    with pytest.raises(UserError, match="3"):
-        tiny.mesh = {"data": 3, "fsdp": 1, "tensor": 1}
-        plan.measure(tiny, "v5e-4", progress=False)
-
-
-def test_slices_reduce_over_the_network(tiny):
-    pytest.importorskip("libtpu")
-    tiny.mesh = {"data": 4, "fsdp": 3, "tensor": 1}
-    with pytest.raises(UserError, match="3 slices"):
-        plan.measure(tiny, "3xv5e-4", progress=False)
-    tiny.mesh, tiny.train.microbatches = {"data": 2, "fsdp": 4, "tensor": 1}, 2
-    found = plan.measure(tiny, "2xv5e-4", progress=False)
-    # Of each gradient every chip of a slice sends its share to the other slice, and back.
-    least = 2 * found.parameters / 4
-    assert found.sent["between slices"][0] >= least
-    assert "network" in estimate(found, 16, 0.4).bounds
 
 
 def test_a_compiler_that_takes_too_much_is_stopped(tiny):
