@@ -193,7 +193,7 @@ def markdown(report: dict) -> str:
 @click.option("--pictures", default=64, show_default=True, help="Files of each case.")
 @click.option("--repeats", default=3, show_default=True, help="Timed passes.")
 @click.option("--train", is_flag=True, help="Also measure the training loop's wait.")
-@click.option("--steps", default=100, show_default=True, help="Of that training.")
+@click.option("--steps", default=40, show_default=True, help="Of that training.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
