@@ -40,6 +40,8 @@ TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 PHASES = ("trace", "lower", "compile", "read")  # what the child says it is at
+# This package's files that a step is made of, or read with.
+PROGRAM = ("stage.py", "diffusion/*.py", "networks/*.py", "parallel/*.py", "training/*.py")
 # Sections of a config that change no program.
 BESIDE = ("data", "text_cache", "seed")
 
@@ -163,12 +165,13 @@ def measure(
 
 
 def _cache_file(request: dict) -> pathlib.Path:
-    """Where a request's answer is kept: by the request, this package's code, and versions."""
+    """Where a request's answer is kept: by the request, the code of the step, and versions."""
     kept = {k: v for k, v in request["config"].items() if k not in BESIDE}
     folder = pathlib.Path(__file__).parents[1]
     code = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        code.update(path.read_bytes())
+    for part in PROGRAM:
+        for path in sorted(folder.glob(part)):
+            code.update(path.read_bytes())
     found = {d: _version(d) for d in ("jax", "jaxlib", "libtpu", "flax", "optax")}
     key = [request | {"config": kept}, found, code.hexdigest()]
     if request["topology"] == LOCAL:  # the same word on another machine, or with fake devices
