@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from cascade.diffusion.guidance import Denoise
@@ -135,38 +134,37 @@ def leading(*, train_steps: int) -> Spacing:
     `train_steps` discrete times, timestep i is time (i + 1) / train_steps.
     """
 
-    def timesteps(steps):
-        return np.arange(steps) * (train_steps // steps)
-
-    return _discrete_spacing(train_steps, timesteps)
+    return _discrete_spacing(train_steps, lambda steps, i: i * (train_steps // steps))
 
 
 def linspace(*, train_steps: int) -> Spacing:
     """Timesteps from 0 to the last, spaced evenly and rounded. See `leading`."""
-    return _discrete_spacing(
-        train_steps, lambda steps: np.linspace(0, train_steps - 1, steps).round()
-    )
+
+    def timestep(steps, i):
+        return round(i * ((train_steps - 1) / max(steps - 1, 1)))
+
+    return _discrete_spacing(train_steps, timestep)
 
 
 def trailing(*, train_steps: int) -> Spacing:
     """Timesteps from the last down, train_steps / steps apart and rounded. See `leading`."""
 
-    def timesteps(steps):
-        return np.arange(train_steps, 0, -train_steps / steps)[:steps][::-1].round() - 1
+    def timestep(steps, i):
+        return round(train_steps - (steps - 1 - i) * (train_steps / steps)) - 1
 
-    return _discrete_spacing(train_steps, timesteps)
+    return _discrete_spacing(train_steps, timestep)
 
 
 SPACINGS = {"uniform": uniform, "leading": leading, "linspace": linspace, "trailing": trailing}
 
 
-def _discrete_spacing(train_steps: int, timesteps: Callable[[int], np.ndarray]) -> Spacing:
-    """logsnr at ascending `timesteps(steps)`, put in descending order, and at time 0 after them."""
+def _discrete_spacing(train_steps: int, timestep: Callable[[int, int], int]) -> Spacing:
+    """logsnr at `timestep(steps, i)`, i from steps - 1 down to 0, and at time 0 after them."""
 
     def spacing(schedule, steps):
         _check_steps(steps, train_steps)
-        times = (timesteps(steps)[::-1] + 1) / train_steps
-        return schedule(jnp.asarray(np.append(times, 0.0), jnp.float32))
+        times = [(timestep(steps, i) + 1) / train_steps for i in reversed(range(steps))]
+        return schedule(jnp.array([*times, 0.0], jnp.float32))
 
     return spacing
 

@@ -4,12 +4,12 @@ A factory takes what its config section states and returns the function of t. Be
 cannot tell `alpha` from 1 at one end nor `sigma` at the other, so no schedule goes there.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from cascade.errors import UserError
@@ -130,10 +130,11 @@ def discrete(*, betas: str, train_steps: int) -> Schedule:
     return logsnr
 
 
-def timestep_logsnrs(betas: str, train_steps: int) -> np.ndarray:
+def timestep_logsnrs(betas: str, train_steps: int) -> Array:
     """logsnr of each timestep of a discrete DDPM, decreasing, float32 [train_steps].
 
-    alpha_i² is the product of 1 - beta_j for j ≤ i; computed in float64, held to [-20, 20].
+    alpha_i² is the product of 1 - beta_j for j ≤ i. It is computed in Python's floats, 64 bits
+    wide, and held to [-20, 20].
 
     Args:
       betas: "squaredcos_cap_v2": 1 - f(i + 1) / f(i), at most 0.999, with f(i) =
@@ -148,15 +149,18 @@ def timestep_logsnrs(betas: str, train_steps: int) -> np.ndarray:
         raise UserError(f"Unknown betas {betas!r}; choose from {', '.join(BETAS)}.")
     if train_steps < 2:
         raise UserError(f"A schedule of {train_steps} timesteps is too short; give 2 or more.")
-    if betas == "linear":
-        steps = np.linspace(1e-4, 0.02, train_steps)
-    else:
-        angles = (np.arange(train_steps + 1) / train_steps + 0.008) / 1.008 * (math.pi / 2)
-        level = np.cos(angles) ** 2
-        steps = np.minimum(1.0 - level[1:] / level[:-1], 0.999)
-    log_signal = np.cumsum(np.log1p(-steps))  # log alpha²
-    logsnrs = log_signal - np.log(-np.expm1(log_signal))
-    return np.clip(logsnrs, -LOGSNR_BOUND, LOGSNR_BOUND).astype(np.float32)
+
+    def level(i):
+        return math.cos((i / train_steps + 0.008) / 1.008 * (math.pi / 2)) ** 2
+
+    def beta(i):
+        if betas == "linear":
+            return 1e-4 + (0.02 - 1e-4) * i / (train_steps - 1)
+        return min(1.0 - level(i + 1) / level(i), 0.999)
+
+    log_signals = itertools.accumulate(math.log1p(-beta(i)) for i in range(train_steps))
+    logsnrs = [log - math.log(-math.expm1(log)) for log in log_signals]  # log is log alpha²
+    return jnp.clip(jnp.array(logsnrs, jnp.float32), -LOGSNR_BOUND, LOGSNR_BOUND)
 
 
 def _shift(base_resolution: int, resolution: int) -> float:
