@@ -88,12 +88,13 @@ class Checkpoints:
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, state, iterator, config: dict):
+    def save(self, step: int, state, iterator, config: dict, text_fingerprint: str = ""):
         """Starts writing a checkpoint and returns once the arrays have been copied.
 
         Args:
           iterator: the Grain iterator whose position is saved, each process its own.
           config: JSON-able.
+          text_fingerprint: of the encoder whose states it was trained on; "" where there is none.
 
         Raises:
           UserError: this or the previous checkpoint couldn't be written; older ones stay good.
@@ -101,6 +102,7 @@ class Checkpoints:
         meta = {
             "format_version": FORMAT_VERSION,
             "config": config,
+            "text_fingerprint": text_fingerprint,
             "checksum": checksum(state),
         }
         items = ocp.args.Composite(
@@ -130,7 +132,7 @@ class Checkpoints:
         self.wait()
         return max(self.manager.all_steps(read=True), default=None)
 
-    def restore(self, abstract_state, iterator=None, check=lambda config, step: None):
+    def restore(self, abstract_state, iterator=None, check=lambda meta, step: None):
         """The newest checkpoint that is whole, or None where there is none.
 
         Damaged ones newer than it are said to be so and, unless this is read-only, set aside as
@@ -139,11 +141,11 @@ class Checkpoints:
         Args:
           abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings: where each array goes.
           iterator: a Grain iterator to move to the saved position.
-          check: called with a checkpoint's config and step before its arrays are read; raises a
+          check: called with a checkpoint's meta and step before its arrays are read; raises a
             UserError where they are another run's.
 
         Returns:
-          (step, state, config) or None.
+          (step, state, meta) or None; meta has `config` and `text_fingerprint` as they were saved.
 
         Raises:
           UserError: `check`'s, or there are checkpoints but none is whole.
@@ -152,7 +154,7 @@ class Checkpoints:
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
                 meta = self._meta(step)
-                check(meta["config"], step)
+                check(meta, step)
                 state = self._state(step, meta, abstract_state, iterator)
             except (UserError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # not the checkpoint's fault
@@ -174,7 +176,7 @@ class Checkpoints:
                 )
                 if not self.read_only:
                     self._set_aside(broken)
-            return step, state, meta["config"]
+            return step, state, meta
         return None
 
     def _meta(self, step: int) -> dict:
@@ -185,7 +187,7 @@ class Checkpoints:
                 f"Checkpoint {step} in {self.folder} has format {meta['format_version']}, this "
                 f"version reads {FORMAT_VERSION}; use the version that wrote it."
             )
-        return meta
+        return {"text_fingerprint": "", **meta}  # earlier ones lack it
 
     def _state(self, step: int, meta: dict, abstract_state, iterator):
         items = {"state": ocp.args.StandardRestore(abstract_state)}

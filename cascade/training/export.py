@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -17,9 +18,18 @@ from cascade.text.encoders import ENCODERS
 from cascade.training.checkpoint import Checkpoints
 from cascade.training.optim import make_optimizer
 from cascade.training.state import init_state, with_shardings
+from cascade.training.train import portable_text
 
 
-def read_run(workdir) -> tuple[ConfigDict, bundle.TrainedStage]:
+class Run(NamedTuple):
+    """What a training left: its config, its stage with EMA weights, and what read its captions."""
+
+    config: ConfigDict
+    stage: bundle.TrainedStage
+    text_fingerprint: str  # "" where its checkpoint doesn't say
+
+
+def read_run(workdir) -> Run:
     """A run's config and its newest whole checkpoint's EMA weights.
 
     Raises:
@@ -50,8 +60,9 @@ def read_run(workdir) -> tuple[ConfigDict, bundle.TrainedStage]:
     checkpoints.close()
     if restored is None:
         raise UserError(f"{workdir} holds no checkpoint: the stage is untrained; train it first.")
-    step, state, _ = restored
-    return config, bundle.TrainedStage(stage, state.ema_params, step)
+    step, state, meta = restored
+    trained = bundle.TrainedStage(stage, state.ema_params, step)
+    return Run(config, trained, meta["text_fingerprint"])
 
 
 def bundle_runs(workdirs, folder, **how):
@@ -66,13 +77,19 @@ def bundle_runs(workdirs, folder, **how):
       UserError: a run is missing or untrained, or the stages don't fit one another.
     """
     runs = [read_run(workdir) for workdir in workdirs]
-    texts = [configs.to_json(config.text) for config, _ in runs]
+    texts = [configs.to_json(run.config.text) for run in runs]
     for workdir, text in zip(workdirs, texts, strict=True):
-        if text != texts[0]:
+        if portable_text(text) != portable_text(texts[0]):
             raise UserError(
                 f"{workdir} was trained with the text encoder {text}, {workdirs[0]} with "
                 f"{texts[0]}; a cascade encodes a prompt once, so all stages must share it."
             )
     encoder = registry.build("text encoder", ENCODERS, texts[0])
-    stages = [stage for _, stage in runs]
-    bundle.save_bundle(folder, stages, texts[0], encoder, **how)
+    for workdir, run in zip(workdirs, runs, strict=True):
+        if run.text_fingerprint not in ("", encoder.fingerprint):
+            raise UserError(
+                f"{workdir} was trained with other text encoder weights (fingerprint "
+                f"{run.text_fingerprint[:8]}) than {workdirs[0]}/config.json names now "
+                f"({encoder.fingerprint[:8]}); put the weights of its training there."
+            )
+    bundle.save_bundle(folder, [run.stage for run in runs], texts[0], encoder, **how)

@@ -77,7 +77,7 @@ def train(config, workdir, *, progress: bool = True):
     evaluation = list(itertools.islice(evaluation, settings.eval_batches))
 
     checkpoints = Checkpoints(workdir, keep_last=settings.keep_last, keep_every=settings.keep_every)
-    same_run = functools.partial(check_same_run, config)
+    same_run = functools.partial(check_same_run, config, encoder.fingerprint)
     restored = checkpoints.restore(with_shardings(abstract, placed), batches, same_run)
     if restored is None:
         start, state = 0, jax.jit(create, out_shardings=placed)(jax.random.key(config.seed))
@@ -113,7 +113,8 @@ def train(config, workdir, *, progress: bool = True):
                 bar.update()
                 if due(step, settings.checkpoint_every) or step == settings.steps:
                     observer.check_finite(step, metrics)
-                    checkpoints.save(step, state, batches, configs.to_json(config))
+                    saved = configs.to_json(config), encoder.fingerprint
+                    checkpoints.save(step, state, batches, *saved)
         except KeyboardInterrupt:
             saved = checkpoints.latest() or 0
             raise UserError(
@@ -179,9 +180,16 @@ def write_config(config, workdir):
             ) from error
 
 
-def check_same_run(config, saved: dict, step: int):
-    """Raises a UserError where the config of a checkpoint is another run's."""
-    now, then = _without_places(configs.to_json(config)), _without_places(saved)
+def check_same_run(config, text_fingerprint: str, saved: dict, step: int):
+    """Raises a UserError where a checkpoint is another run's.
+
+    Args:
+      config, text_fingerprint: this run's.
+      saved: the checkpoint's meta.
+      step: its number.
+    """
+    now, then = (_without_places(c) for c in (configs.to_json(config), saved["config"]))
+    now["text"], then["text"] = portable_text(now["text"]), portable_text(then["text"])
     for path in FIXED:
         ours, theirs = now, then
         for key in path.split("."):
@@ -191,6 +199,20 @@ def check_same_run(config, saved: dict, step: int):
                 f"This working folder holds step {step} of another run: "
                 f"{_first_difference(f'config.{path}', ours, theirs)}; use another --workdir."
             )
+    if saved["text_fingerprint"] not in ("", text_fingerprint):
+        raise UserError(
+            f"This working folder holds step {step} of a run with another text encoder: its "
+            f"fingerprint is {text_fingerprint[:8]} now and was {saved['text_fingerprint'][:8]}; "
+            "give the weights that it began with, or another --workdir."
+        )
+
+
+def portable_text(section: dict) -> dict:
+    """A text section without its weights' place, which differs between machines.
+
+    Whether two places hold the same weights is for the encoder's fingerprint to tell.
+    """
+    return {key: value for key, value in section.items() if key != "weights"}
 
 
 def _without_places(tree):

@@ -33,7 +33,7 @@ def written(tmp_path, steps=(1, 2)):
     checkpoints, iterator = Checkpoints(tmp_path, keep_last=5, keep_every=0), numbers()
     for step in steps:
         next(iterator)
-        checkpoints.save(step, a_state(step), iterator, {"step": step})
+        checkpoints.save(step, a_state(step), iterator, {"step": step}, f"f{step}")
     checkpoints.wait()
     return checkpoints
 
@@ -46,8 +46,8 @@ def assert_equal(one, other):
 def test_state_data_position_and_config_come_back(tmp_path):
     written(tmp_path).close()
     iterator = numbers()
-    step, state, config = Checkpoints(tmp_path).restore(abstract(a_state()), iterator)
-    assert step == 2 and config == {"step": 2}
+    step, state, meta = Checkpoints(tmp_path).restore(abstract(a_state()), iterator)
+    assert step == 2 and meta["config"] == {"step": 2} and meta["text_fingerprint"] == "f2"
     assert_equal(state, a_state(2))
     unbroken = numbers()
     next(unbroken), next(unbroken)
@@ -118,7 +118,7 @@ def test_any_flipped_bit_changes_the_checksum():
 def test_another_runs_checkpoint_is_refused_and_left_alone(tmp_path):
     written(tmp_path)
 
-    def check(config, step):
+    def check(meta, step):
         raise UserError(f"step {step} is another run's")
 
     other = {"w": jax.ShapeDtypeStruct((7,), jnp.float32)}

@@ -1,6 +1,7 @@
 """One whole path at smoke size: train, resume, bundle, draw; and what a run leaves behind."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from PIL import Image
 from cascade import config
 from cascade.cli import main
 from cascade.errors import UserError
+from cascade.text.bert import VENDORED
 from cascade.training import metrics
-from cascade.training.train import train
+from cascade.training.export import bundle_runs
+from cascade.training.train import train, write_config
 
 SMOKE = "configs/emoji/base64.py:smoke"
 
@@ -77,6 +80,38 @@ def test_another_config_in_the_same_folder_is_refused_by_key(run, key, value):
     with pytest.raises(UserError, match=f"config.{key} is"):
         train(other, run[0], progress=False)
     assert sorted(p.name for p in (run[0] / "checkpoints").iterdir()) == kept
+
+
+def with_weights_at(loaded, folder, *, flip=False):
+    """The config, its text encoder read from a copy of the same files; one bit flipped in it."""
+    shutil.copytree(VENDORED, folder)
+    if flip:
+        weights = bytearray((folder / "model.safetensors").read_bytes())
+        weights[-2] ^= 1
+        (folder / "model.safetensors").write_bytes(weights)
+    other = loaded.copy_and_resolve_references()
+    other.text.weights = str(folder)
+    return other
+
+
+def test_a_run_goes_on_with_the_same_weights_elsewhere_and_not_with_others(run, tmp_path):
+    same = with_weights_at(run[1], tmp_path / "same")
+    train(same, run[0], progress=False)
+    others = with_weights_at(run[1], tmp_path / "others", flip=True)
+    with pytest.raises(UserError, match="another text encoder: its fingerprint is"):
+        train(others, run[0], progress=False)
+
+
+def test_runs_are_bundled_wherever_their_weights_were(run, tmp_path):
+    for name, flip in (("same", False), ("others", True)):
+        shutil.copytree(run[0], tmp_path / name)
+        moved = with_weights_at(run[1], tmp_path / f"weights of {name}", flip=flip)
+        write_config(moved, tmp_path / name)
+    # One stage twice is no cascade, but that is seen once the encoders agree.
+    with pytest.raises(UserError, match="Stage 1 has lowres_resolution"):
+        bundle_runs([run[0], tmp_path / "same"], tmp_path / "bundle")
+    with pytest.raises(UserError, match="was trained with other text encoder weights"):
+        bundle_runs([tmp_path / "others", run[0]], tmp_path / "bundle")
 
 
 def test_a_batch_that_devices_cant_share_is_refused(tmp_path):
