@@ -1,18 +1,22 @@
 """Writing files and folders whole or not at all."""
 
 import contextlib
+import errno
 import os
 import pathlib
+import platform
+import re
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cascade.errors import UserError
 
 
 def write_whole(path: pathlib.Path, text: str):
     """Writes a text file under a temporary name and renames it: all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # its own: others may write there too
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
@@ -38,20 +42,55 @@ def whole_folder(
     Raises:
       UserError: the place is taken, or it can't be written.
     """
+    check_place(folder, kind=kind, mark=mark, overwrite=overwrite)
     folder = pathlib.Path(folder).resolve()
-    _check_free(folder, kind, mark, overwrite)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    _remove_abandoned(folder)
+    temporary = _beside(folder, "tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
         _move_into_place(temporary, folder)
     except OSError as error:
-        raise UserError(
-            f"Can't write the {kind} {str(folder)!r} ({error.strerror or error}); "
-            "free some space or give another place."
-        ) from error
+        raise _unwritable(kind, folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_place(
+    folder: str | os.PathLike,
+    *,
+    kind: str,
+    mark: str,
+    overwrite: bool,
+    sources: Sequence[str | os.PathLike] = (),
+):
+    """Refuses, before any work is done, a place that `whole_folder` would refuse after it.
+
+    Args:
+      folder, kind, mark, overwrite: as in `whole_folder`.
+      sources: what is read; the new folder may neither be in one nor take the place of one. Those
+        that are no folders (hub ids) are passed over.
+
+    Raises:
+      UserError: the place is taken, in a source or around one, or it can't be written.
+    """
+    if not str(folder):
+        raise UserError(f"The {kind}'s folder has an empty name; say where to write it.")
+    folder = pathlib.Path(folder).resolve()
+    for source in map(pathlib.Path, sources):
+        inner = source.resolve()
+        if source.is_dir() and (folder.is_relative_to(inner) or inner.is_relative_to(folder)):
+            raise UserError(
+                f"{str(folder)!r} is within {str(inner)!r}, which is read, or around it; give a "
+                f"folder apart from it for the {kind}."
+            )
+    try:
+        _check_free(folder, kind, mark, overwrite)
+        there = next(up for up in folder.parents if up.exists())
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=there):
+            pass
+    except OSError as error:
+        raise _unwritable(kind, folder, error) from error
 
 
 def _check_free(folder: pathlib.Path, kind: str, mark: str, overwrite: bool):
@@ -62,13 +101,54 @@ def _check_free(folder: pathlib.Path, kind: str, mark: str, overwrite: bool):
         raise UserError(f"{str(folder)!r} exists and isn't a {kind}; give a new folder's name.")
     if not overwrite:
         raise UserError(
-            f"{str(folder)!r} already holds a {kind}; give another name, or ask to overwrite it."
+            f"{str(folder)!r} already holds a {kind}; give another name, or --overwrite "
+            "(overwrite=True) to replace it."
         )
+
+
+def _unwritable(kind: str, folder: pathlib.Path, error: OSError) -> UserError:
+    """What to say of a folder that can't be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return UserError(
+        f"Can't write the {kind} {str(folder)!r} ({error.strerror or error}); "
+        f"{'free some space or ' if full else ''}give another place."
+    )
+
+
+def _beside(folder: pathlib.Path, ending: str) -> pathlib.Path:
+    """A name beside the folder that says which process, on which host, it belongs to."""
+    owner = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return folder.with_name(f".{folder.name}.{owner}.{ending}")
+
+
+def _remove_abandoned(folder: pathlib.Path):
+    """Removes what processes of this host that were killed have left beside the folder.
+
+    An old folder that stepped aside is only removed where a new one is in its place.
+    """
+    names = re.compile(
+        re.escape(f".{folder.name}.{platform.node()}-") + r"([0-9]{1,9})-[0-9a-f]{8}\.(tmp|old)"
+    )
+    for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        found = names.fullmatch(path.name)
+        if found and not _lives(int(found[1])) and (found[2] == "tmp" or folder.exists()):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether there is a process of that number on this host."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _move_into_place(temporary: pathlib.Path, folder: pathlib.Path):
     """Renames the finished folder; an old one steps aside first and returns on failure."""
-    old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
+    old = _beside(folder, "old")
     if folder.exists():
         os.rename(folder, old)
     try:
