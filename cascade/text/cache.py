@@ -142,8 +142,8 @@ class EmbeddingCache:
         truncated, squares = 0, np.zeros(2)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self._damaged:
-                path.unlink(missing_ok=True)
+            for path, seen in self._damaged:
+                segments.remove(path, seen)
             with tqdm(
                 total=len(missing), desc="Embedding captions", unit="caption", disable=not progress
             ) as bar:
@@ -249,10 +249,13 @@ class EmbeddingCache:
         keys, places = [np.zeros((0, 2), np.uint64)], [np.zeros((0, 2), np.int64)]
         for path in sorted(self.folder.glob(NAME.format("[0-9a-f]" * 32))):
             try:
+                seen = segments.identity(path)
                 segment = Segment(path)
-            except (SafetensorError, ValueError, FileNotFoundError) as error:
+            except FileNotFoundError:
+                continue  # another process found it damaged, and will make it again
+            except (SafetensorError, ValueError) as error:
                 log.warning("%s is damaged (%s); its captions must be embedded again.", path, error)
-                self._damaged.append(path)
+                self._damaged.append((path, seen))
                 continue
             except OSError as error:
                 raise UserError(
@@ -306,7 +309,7 @@ class EmbeddingCache:
     def _remove(self, segment: Segment):
         """Deletes a damaged segment."""
         try:
-            segment.path.unlink(missing_ok=True)
+            segments.remove(segment.path, segment.identity)
         except OSError as error:
             raise UserError(
                 f"{str(segment.path)!r} is damaged and can't be removed ({error.strerror}); remove"

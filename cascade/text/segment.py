@@ -12,6 +12,7 @@ all but the states. So opening a file verifies what it reads of it, and reading 
 that caption: no file is ever read whole just to trust it.
 """
 
+import contextlib
 import itertools
 import os
 import uuid
@@ -75,6 +76,7 @@ class Segment:
       keys: [N, 2] uint64.
       origin: of the header, `made_by`, `fingerprint` and `dtype`.
       tokens: T.
+      identity: which file it was, in case another takes its place.
     """
 
     def __init__(self, path: Path):
@@ -85,6 +87,7 @@ class Segment:
           ValueError: its parts don't fit together, or its checksum isn't theirs.
           OSError: it can't be read.
         """
+        self.identity = identity(path)
         file = safe_open(path, "np")
         header = file.metadata() or {}
         if header.keys() != {*ORIGIN, "checksum"}:
@@ -124,6 +127,19 @@ class Segment:
         """Reads every caption; raises ValueError as `read` does."""
         for n in range(len(self)):
             self.read(n)
+
+
+def identity(path: Path) -> tuple[int, int, int]:
+    """What tells a file from one that takes its place: inode, time of the last change, size."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def remove(path: Path, seen: tuple[int, int, int]):
+    """Deletes the file of that identity; not the whole one that another builder put there since."""
+    with contextlib.suppress(FileNotFoundError):
+        if identity(path) == seen:
+            path.unlink()
 
 
 def write(

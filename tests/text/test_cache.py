@@ -360,6 +360,28 @@ def test_verifying_finds_damage_that_nobody_used(tmp_path, caplog):
     assert_holds(cache, CAPTIONS, Toy())
 
 
+@pytest.mark.parametrize("where", ["index", "states"])
+def test_a_segment_that_another_builder_mended_stays(tmp_path, monkeypatch, where):
+    """Two see the damage, and the second acts on it once the first has made the segment again."""
+    opened(tmp_path).ensure(CAPTIONS[:8])
+    (victim,) = segments(tmp_path)
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:100] if where == "index" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    first, second = opened(tmp_path), opened(tmp_path)
+
+    def mend(*_):
+        first.verify(progress=False)
+        first.ensure(CAPTIONS[:8])
+
+    if where == "states":
+        mend()
+        second.verify(progress=False)
+    else:
+        monkeypatch.setattr(second, "_tell_siblings", mend)  # after it looked, before it removes
+    second.ensure(CAPTIONS[8:16])
+    assert_holds(opened(tmp_path), CAPTIONS[:16], Toy())
+
+
 def test_the_same_captions_in_another_dtype_are_pointed_at(tmp_path, caplog):
     opened(tmp_path, dtype="int8").ensure(CAPTIONS)
     assert not caplog.text
