@@ -4,9 +4,11 @@ Commands live in `cascade.commands`, by theme. Imports that are slow (jax and wh
 inside them, so `--help` is instant.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
+import signal
 import sys
 
 import click
@@ -15,22 +17,44 @@ from cascade.commands import data, drawing, exchange, plan, training
 from cascade.errors import UserError
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers send: it unwinds as Ctrl-C does, so nothing stays half-written."""
+
+
+@contextlib.contextmanager
+def unwound_when_terminated():
+    """Raises `Terminated` where SIGTERM finds the program; another can't stop the cleaning up."""
+
+    def stop(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 class OneSentence(click.Group):
     """Says what the user did wrong, click's own complaints included, in one line: exit code 2."""
 
     def main(self, *args, standalone_mode: bool = True, **kwargs):
         """Runs a command; see `click.Group.main`."""
         try:
-            return super().main(*args, standalone_mode=False, **kwargs)
+            with unwound_when_terminated():
+                return super().main(*args, standalone_mode=False, **kwargs)
         except UserError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
         except click.ClickException as error:
             click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
             sys.exit(2)
-        except (click.Abort, KeyboardInterrupt):
-            click.echo("error: Interrupted; what was finished is kept.", err=True)
-            sys.exit(130)
+        except (click.Abort, KeyboardInterrupt) as error:
+            # click hides what it was, but keeps it as the cause; the codes are the shell's own.
+            terminated = isinstance(error.__cause__ or error, Terminated)
+            click.echo(f"error: {'Terminated' if terminated else 'Interrupted'}.", err=True)
+            sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
 
 
 @click.group(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -221,6 +222,27 @@ def test_export_writes_each_kind_of_folder(bundle, tmp_path):
         result = run("export", "--to", target, "--bundle", bundle, "--out", out, *options)
         assert result.exit_code == 0, result.output
         assert f"Wrote {out}" in result.output and (out / mark).is_file()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGTERM, 143, "Terminated."), (signal.SIGINT, 130, "Interrupted.")],
+)
+def test_an_export_that_is_stopped_leaves_nothing(
+    bundle, tmp_path, monkeypatch, number, code, said
+):
+    def stopped(*arguments, **options):
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("cascade.interop.weights.write_stage", stopped)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM isn't handled"))
+    try:
+        result = run("export", "--to", "safetensors", "--bundle", bundle, "--out", tmp_path / "x")
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == code and f"error: {said}" in result.stderr.splitlines()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
