@@ -47,6 +47,22 @@ class Bundle(NamedTuple):
 
 
 def check_fit(stages: Sequence[TrainedStage], text_encoder: TextEncoder):
+    """Checks that stages make a cascade, and that the encoder gives the text they read.
+
+    Raises:
+      UserError: as `check_chain`, or the encoder gives other text.
+    """
+    check_chain(stages)
+    text = _text_shape(stages[0].stage)
+    if text != (text_encoder.max_length, text_encoder.width):
+        raise UserError(
+            f"The stages read text of {text[0]} tokens × {text[1]}, but the text encoder "
+            f"{text_encoder.name!r} gives {text_encoder.max_length} × {text_encoder.width}; "
+            "use the encoder that every stage was trained with."
+        )
+
+
+def check_chain(stages: Sequence[TrainedStage]):
     """Checks that stages make a cascade: each trained, and each fed what it was trained on.
 
     Raises:
@@ -72,13 +88,17 @@ def check_fit(stages: Sequence[TrainedStage], text_encoder: TextEncoder):
                 f"Stage {i} has {config.channels} channels and stage 0 has "
                 f"{stages[0].stage.config.channels}; train them on the same kind of picture."
             )
-        text = (config.text_length, config.text_width)
-        if text != (text_encoder.max_length, text_encoder.width):
+        text, first = _text_shape(stage), _text_shape(stages[0].stage)
+        if text != first:
             raise UserError(
-                f"Stage {i} reads text of {text[0]} tokens × {text[1]}, but the text encoder "
-                f"{text_encoder.name!r} gives {text_encoder.max_length} × {text_encoder.width}; "
-                "use the encoder that every stage was trained with."
+                f"Stage {i} reads text of {text[0]} tokens × {text[1]} and stage 0 of {first[0]} × "
+                f"{first[1]}; train them with the same text encoder."
             )
+
+
+def _text_shape(stage: Stage) -> tuple[int, int]:
+    """Tokens of a text, and the width of each one's state, that a stage reads."""
+    return stage.config.text_length, stage.config.text_width
 
 
 def save_bundle(
@@ -175,11 +195,8 @@ def load_bundle(
       UserError: anything is missing, damaged, foreign, untrained or doesn't fit, by name.
     """
     folder = Path(folder)
-    contents = manifest.read(folder)
-    types = {"section": dict, "fingerprint": str, "files": list, "weights": list}
-    text = manifest.fields("text", contents["text"], types)
-    for i, entry in enumerate(text["files"]):
-        manifest.read_file(folder, f"tokenizer file {i}", entry)
+    contents = _contents(folder)
+    text = contents["text"]
     if text_encoder is None:
         text_encoder = _build_encoder(folder, text["section"], text["weights"], text_weights)
     if text_encoder.fingerprint != text["fingerprint"]:
@@ -187,9 +204,39 @@ def load_bundle(
             f"The text encoder {text_encoder.name!r} isn't the one that {str(folder)!r} was trained"
             " with (their fingerprints differ); give the weights of that one."
         )
-    stages = tuple(_load_stage(folder, i, entry) for i, entry in enumerate(contents["stages"]))
+    stages = _load_stages(folder, contents)
     check_fit(stages, text_encoder)
     return Bundle(stages, text["section"], text_encoder)
+
+
+def load_stages(folder: str | os.PathLike) -> tuple[tuple[TrainedStage, ...], dict[str, Any]]:
+    """As `load_bundle`, but the text encoder isn't built, and its weights aren't looked at.
+
+    Returns:
+      The stages, and what cascade.json says of the text encoder: `section`, `fingerprint`, ….
+
+    Raises:
+      UserError: as `load_bundle`.
+    """
+    folder = Path(folder)
+    contents = _contents(folder)
+    stages = _load_stages(folder, contents)
+    check_chain(stages)
+    return stages, contents["text"]
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """What cascade.json holds, its text entry and the tokenizer's files checked."""
+    contents = manifest.read(folder)
+    types = {"section": dict, "fingerprint": str, "files": list, "weights": list}
+    text = manifest.fields("text", contents["text"], types)
+    for i, entry in enumerate(text["files"]):
+        manifest.read_file(folder, f"tokenizer file {i}", entry)
+    return contents
+
+
+def _load_stages(folder: Path, contents: Mapping[str, Any]) -> tuple[TrainedStage, ...]:
+    return tuple(_load_stage(folder, i, entry) for i, entry in enumerate(contents["stages"]))
 
 
 def _build_encoder(

@@ -55,6 +55,7 @@ def export_diffusers(
     out: str | os.PathLike,
     *,
     dtype: str = "float32",
+    text_weights: str = "",
     overwrite: bool = False,
 ) -> Path:
     """Writes a bundle as diffusers' pipelines, a folder for each stage.
@@ -65,6 +66,7 @@ def export_diffusers(
       bundle_folder: the bundle.
       out: a new folder, written as a whole or not at all.
       dtype: "float32" or "bfloat16", of the U-Nets' weights; T5's are kept as they are.
+      text_weights: the text encoder's weights, if the bundle lacks them; see `load_bundle`.
       overwrite: replace an earlier export of this kind.
 
     Returns:
@@ -76,7 +78,7 @@ def export_diffusers(
     """
     if dtype not in DTYPES:
         raise UserError(f"Weights can't be exported as {dtype!r}; choose from {', '.join(DTYPES)}.")
-    bundle = load_bundle(bundle_folder)
+    bundle = load_bundle(bundle_folder, text_weights=text_weights)
     _check_text(bundle.text)
     descriptions = [_described(i, trained) for i, trained in enumerate(bundle.stages)]
     mark = "stage0/model_index.json"

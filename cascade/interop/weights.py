@@ -9,6 +9,7 @@ stage0.safetensors.index.json, which says what tensor is where, as Hugging Face'
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ import numpy as np
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from cascade.bundle import TrainedStage, load_bundle
+from cascade.bundle import TrainedStage, load_stages
 from cascade.config import to_json
 from cascade.errors import UserError
 from cascade.files import whole_folder
 from cascade.manifest import file_entry
 from cascade.shards import DTYPES, check_finite, named, write_durably
-from cascade.text.interface import TextEncoder
 
 MANIFEST = "safetensors.json"
 FORMAT_VERSION = 1
@@ -41,7 +41,7 @@ def export_safetensors(
     """Writes the weights of a bundle's stages.
 
     Args:
-      bundle_folder: the bundle.
+      bundle_folder: the bundle; its text encoder isn't needed.
       out: a new folder, written as a whole or not at all.
       dtype: "float32" or "bfloat16"; values are rounded to it.
       overwrite: replace an earlier export of this kind.
@@ -57,27 +57,29 @@ def export_safetensors(
     """
     if dtype not in DTYPES:
         raise UserError(f"Weights can't be exported as {dtype!r}; choose from {', '.join(DTYPES)}.")
-    bundle = load_bundle(bundle_folder)
+    stages, text = load_stages(bundle_folder)
     with whole_folder(out, kind="safetensors export", mark=MANIFEST, overwrite=overwrite) as new:
         entries = [
             {
                 "files": write_stage(new, i, trained, dtype=dtype, shard_bytes=shard_bytes),
                 **describe_stage(i, trained),
             }
-            for i, trained in enumerate(tqdm(bundle.stages, unit="stage", disable=not progress))
+            for i, trained in enumerate(tqdm(stages, unit="stage", disable=not progress))
         ]
-        text = describe_text(bundle.text_encoder)
-        write_manifest(new / MANIFEST, {"text_encoder": text, "dtype": dtype, "stages": entries})
+        described = describe_text(stages, text["section"]["name"], text["fingerprint"])
+        contents = {"text_encoder": described, "dtype": dtype, "stages": entries}
+        write_manifest(new / MANIFEST, contents)
     return Path(out).resolve()
 
 
-def describe_text(encoder: TextEncoder) -> dict[str, Any]:
-    """What a manifest says of the text encoder: which states the stages read."""
+def describe_text(stages: Sequence[TrainedStage], name: str, fingerprint: str) -> dict[str, Any]:
+    """What a manifest says of the text encoder: which states the stages read, all the same."""
+    config = stages[0].stage.config
     return {
-        "name": encoder.name,
-        "max_length": encoder.max_length,
-        "width": encoder.width,
-        "fingerprint": encoder.fingerprint,
+        "name": name,
+        "max_length": config.text_length,
+        "width": config.text_width,
+        "fingerprint": fingerprint,
     }
 
 

@@ -291,7 +291,7 @@ def test_what_diffusers_can_not_express(changes, said, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def bundle_of(tmp_path: Path, changes: dict, **text) -> Path:
+def bundle_of(tmp_path: Path, changes: dict, text_weights: bool = True, **text) -> Path:
     """A bundle of IF's first stage with some settings of its section changed."""
     section = read_stage(FOLDER / "stage_1", text_length=77)[0].config.copy_and_resolve_references()
     section.unlock()
@@ -308,7 +308,24 @@ def bundle_of(tmp_path: Path, changes: dict, **text) -> Path:
     weights = write_folder(tmp_path / "t5", d_model=32, num_heads=4)
     settings = {**TEXT, "dtype": "float32", "weights": str(weights), **text}
     encoder = build("text encoder", ENCODERS, settings)
-    return save_bundle(tmp_path / "bundle", [TrainedStage(stage, params, 1)], settings, encoder)
+    return save_bundle(
+        tmp_path / "bundle",
+        [TrainedStage(stage, params, 1)],
+        settings,
+        encoder,
+        text_weights=text_weights,
+    )
+
+
+def test_a_bundle_without_its_t5_is_exported_with_the_one_that_is_given(tmp_path):
+    bundle = bundle_of(tmp_path, {}, text_weights=False)
+    with pytest.raises(UserError, match="text_weights"):
+        export_diffusers(bundle, tmp_path / "out")
+    out = export_diffusers(bundle, tmp_path / "out", text_weights=str(tmp_path / "t5"))
+    written = load_file(out / "stage0" / "text_encoder" / "model.safetensors")
+    given = load_file(tmp_path / "t5" / "model.safetensors")
+    for name in written:
+        np.testing.assert_array_equal(written[name], given[name])
 
 
 @pytest.mark.parametrize("change", [{"null": "zeros"}, {"lower_case": False}])

@@ -7,13 +7,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny_cascade import stage_config
+from tiny_cascade import WordEncoder, stage_config
 
 from cascade.config import to_json
 from cascade.errors import UserError
 from cascade.interop.weights import export_safetensors
 from cascade.shards import named
 from cascade.stage import Stage
+from cascade.text.encoders import ENCODERS
 
 BASE = {
     "channel_mults": (1, 2),
@@ -91,6 +92,19 @@ def test_values_are_the_bundles_to_the_bit(bundle, stages, tmp_path, dtype):
         said = json.loads(metadata["cascade"])
         assert said["config"] == json.loads(json.dumps(to_json(trained.stage.config)))
         assert (said["format_version"], said["stage"], said["trained_steps"]) == (1, i, 7)
+
+
+def test_the_text_encoder_is_named_without_being_built(bundle, tmp_path, monkeypatch):
+    """A bundle of IF may come without its 10 GB of T5."""
+    monkeypatch.delitem(ENCODERS, "words")
+    out = export_safetensors(bundle, tmp_path / "out", progress=False)
+    encoder = WordEncoder()
+    assert json.loads((out / "safetensors.json").read_text())["text_encoder"] == {
+        "name": encoder.name,
+        "max_length": encoder.max_length,
+        "width": encoder.width,
+        "fingerprint": encoder.fingerprint,
+    }
 
 
 def test_two_exports_are_the_same_to_the_byte(bundle, tmp_path):
