@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from ml_collections import FrozenConfigDict
 
 from cascade.diffusion.samplers import SAMPLERS
 from cascade.errors import UserError
@@ -78,6 +79,29 @@ def sampler_section(sampler: str | Mapping) -> dict:
             if parameter.default is not parameter.empty:
                 section[key] = parameter.default
     return section
+
+
+def stage_settings(
+    stages: Sequence[Stage], sampler: str | Mapping | None = None, **changes
+) -> tuple[FrozenConfigDict, ...]:
+    """Each stage's sampling settings, its config's own for what is None.
+
+    Args:
+      sampler: as `sampler_section` takes it.
+      **changes: other keys of a `sampling` section, each one value for all stages or one for each.
+
+    Raises:
+      UserError: a wrong number of values, or one that a stage can't take.
+    """
+    changes = {key: per_stage(key, value, len(stages)) for key, value in changes.items()}
+    if sampler is not None:
+        changes["sampler"] = (sampler_section(sampler),) * len(stages)
+    return tuple(
+        stage.settings(
+            **{key: values[i] for key, values in changes.items() if values[i] is not None}
+        )
+        for i, stage in enumerate(stages)
+    )
 
 
 def parsed_size(size: str | None) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from cascade import batches, bundle
-from cascade.arguments import checked_prompts, per_stage, sampler_section, stage_sizes, whole
+from cascade.arguments import checked_prompts, stage_settings, stage_sizes, whole
 from cascade.errors import UserError
 from cascade.images import as_lowres
 from cascade.text.interface import checked_text
@@ -92,6 +92,8 @@ class Cascade:
         negative_prompt: str = "",
         aug_level: float | Sequence[float] | None = None,
         sampler: str | Mapping | None = None,
+        tile: int | Sequence[int] | None = None,
+        tile_overlap: int | Sequence[int] | None = None,
         size: tuple[int, int] | None = None,
         first_index: int = 0,
         batch_size: int | None = None,
@@ -110,6 +112,9 @@ class Cascade:
           negative_prompt: what guidance leads away from; empty is the null condition.
           aug_level: noise on each stage's low-resolution input, 0 to 1; the base stage has none.
           sampler: a name in `SAMPLERS`, or its section `{"name": ..., **keywords}`.
+          tile: predict larger pictures in tiles of this many pixels a side, to need less memory;
+            one number for all stages or one for each, 0 is the whole picture at once.
+          tile_overlap: pixels by which tiles overlap at least, likewise.
           size: (height, width) of the base picture; None is its training size.
           first_index: index of the first picture: `first_index=5` redraws the sixth alone.
           batch_size: pictures that go through a network at once; memory grows with it. None is 1
@@ -137,6 +142,8 @@ class Cascade:
             guidance=guidance,
             aug_level=aug_level,
             sampler=sampler,
+            tile=tile,
+            tile_overlap=tile_overlap,
         )
         kept = [stages if return_stages else stages[-1:] for stages in drawn]
         pictures = [np.concatenate(stage) for stage in zip(*kept, strict=True)]
@@ -158,7 +165,7 @@ class Cascade:
         """Draws pictures batch by batch, each through all stages, and keeps none of them.
 
         Args:
-          **changes: steps, guidance, aug_level, sampler, as in `__call__`.
+          **changes: steps, guidance, aug_level, sampler, tile, tile_overlap, as in `__call__`.
           Others: as in `__call__`.
 
         Returns:
@@ -187,6 +194,8 @@ class Cascade:
         negative_prompt: str = "",
         aug_level: float | None = None,
         sampler: str | Mapping | None = None,
+        tile: int | None = None,
+        tile_overlap: int | None = None,
         first_index: int = 0,
         batch_size: int | None = None,
         progress: bool = True,
@@ -200,7 +209,7 @@ class Cascade:
           images: uint8 or float in [-1, 1], [H, W, 3] or [N, H, W, 3], or PIL pictures.
           prompt: what they show: one text for all, or one for each.
           stage: which stage enlarges; 1 is the first that can.
-          steps, guidance, aug_level: one value, of that stage.
+          steps, guidance, aug_level, tile, tile_overlap: one value, of that stage.
           Others: as in `__call__`.
 
         Returns:
@@ -222,6 +231,8 @@ class Cascade:
             guidance=guidance,
             aug_level=aug_level,
             sampler=sampler,
+            tile=tile,
+            tile_overlap=tile_overlap,
         )
         return np.concatenate([pictures for (pictures,) in drawn])
 
@@ -241,7 +252,7 @@ class Cascade:
         """Enlarges pictures batch by batch; to `upscale` what `draw_batches` is to `__call__`.
 
         Args:
-          **changes: steps, guidance, aug_level, sampler, as in `upscale`.
+          **changes: steps, guidance, aug_level, sampler, tile, tile_overlap, as in `upscale`.
           Others: as in `upscale`.
 
         Returns:
@@ -268,23 +279,28 @@ class Cascade:
         )
 
     def settings(
-        self, steps=None, guidance=None, aug_level=None, sampler=None, stage=None
+        self,
+        steps=None,
+        guidance=None,
+        aug_level=None,
+        sampler=None,
+        tile=None,
+        tile_overlap=None,
+        stage=None,
     ) -> tuple[FrozenConfigDict, ...]:
         """Each stage's sampling settings, or those of `stage`; the bundle's for what is None.
 
         Raises:
-          UserError: a wrong number of values, or one out of range.
+          UserError: a wrong number of values, or one that a stage can't take.
         """
-        changes = {"steps": steps, "guidance": guidance, "aug_level": aug_level}
-        stages = self.stages if stage is None else self.stages[stage : stage + 1]
-        changes = {key: per_stage(key, value, len(stages)) for key, value in changes.items()}
-        if sampler is not None:
-            changes["sampler"] = (sampler_section(sampler),) * len(stages)
-        return tuple(
-            stage.settings(
-                **{key: values[i] for key, values in changes.items() if values[i] is not None}
-            )
-            for i, stage in enumerate(stages)
+        return stage_settings(
+            self.stages if stage is None else self.stages[stage : stage + 1],
+            sampler,
+            steps=steps,
+            guidance=guidance,
+            aug_level=aug_level,
+            tile=tile,
+            tile_overlap=tile_overlap,
         )
 
     def _request(

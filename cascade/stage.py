@@ -5,6 +5,8 @@ them: the stage before, a data pipeline, or a user's file.
 """
 
 import functools
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +66,7 @@ class Stage:
         self.training_resolution = config.crop_resolution or config.resolution
         self.check_size((config.resolution,) * 2)
         self.check_size((self.training_resolution,) * 2)
+        self._check_tiles(config.sampling)
 
     def check_size(self, size: tuple[int, int]):
         """Raises a UserError unless the network can draw pictures of `size` = (H, W)."""
@@ -73,6 +76,29 @@ class Stage:
                 f"This stage can't draw {size[1]}×{size[0]} (width×height): both sides must be "
                 f"multiples of {divisor}."
             )
+
+    def _check_tiles(self, sampling: Mapping):
+        """Raises a UserError unless the network can draw tiles cut as `sampling` says.
+
+        A tile is a picture to the network, and `lowres` is cut with it.
+        """
+        if not sampling["tile"]:
+            return
+        c, factor = self.config, 1
+        if not self.is_base and c.lowres_upsampling == "after_noise":
+            if c.resolution % c.lowres_resolution:
+                raise UserError(
+                    f"This stage enlarges {c.lowres_resolution} to {c.resolution} pixels, not by a "
+                    "whole factor, so it can't draw in tiles; set tile to 0."
+                )
+            factor = c.resolution // c.lowres_resolution
+        needed = {"tile": math.lcm(factor, self.network.divisor), "tile_overlap": factor}
+        for name, unit in needed.items():
+            if sampling[name] % unit:
+                raise UserError(
+                    f"{name} is {sampling[name]}, not a multiple of {unit}, as this stage needs; "
+                    "choose one that is."
+                )
 
     def shapes(self, batch: int, size: tuple[int, int] | None = None):
         """`jax.ShapeDtypeStruct`s of the network's arguments (z_t, logsnr, cond).
@@ -156,10 +182,11 @@ class Stage:
         """The config's `sampling` section with some keys changed; hashable, so jit can key on it.
 
         Raises:
-          UserError: an unknown key, or a value outside its range.
+          UserError: an unknown key, a value outside its range, or tiles that it can't draw.
         """
         merged = {**self.config.sampling.to_dict(), **changes}
         configs.check_sampling(merged)
+        self._check_tiles(merged)
         return FrozenConfigDict(merged)
 
     def denoiser(self, params, cond, null_cond, settings, guidance_weight):

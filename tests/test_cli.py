@@ -80,9 +80,12 @@ def test_sample_writes_pictures_with_their_settings(bundle, tmp_path):
 def test_upscale_writes_a_picture(bundle, tmp_path):
     Image.new("RGB", (20, 20), "red").save(tmp_path / "small.png")
     result = run("upscale", "--bundle", bundle, "--image", tmp_path / "small.png",
-                 "--prompt", "red", "--out", tmp_path / "big.png")  # fmt: skip
+                 "--prompt", "red", "--out", tmp_path / "big.png",
+                 "--tile", 8, "--tile-overlap", 4)  # fmt: skip
     assert result.exit_code == 0, result.output
     assert Image.open(tmp_path / "big.png").size == (16, 16)
+    (drawn_with,) = json.loads(read_metadata(tmp_path / "big.png")["settings"])["stages"]
+    assert (drawn_with["tile"], drawn_with["tile_overlap"]) == (8, 4)
 
 
 def test_describe_prints_a_table():
@@ -104,6 +107,7 @@ def test_describe_prints_a_table():
         (["--num", "0"], "num_images"),
         (["--batch-size", "0"], "batch_size"),
         (["--size", "9x8"], "multiples of 2"),
+        (["--tile", "0,7"], "tile is 7"),
         (["--size", "large"], "size"),
         (["--seed", "-1"], "seed"),
         (["--prompt", "half a \ud83d smile"], "surrogate"),
@@ -251,6 +255,9 @@ def test_an_export_that_is_stopped_leaves_nothing(
         (["--to", "onnx"], "onnx"),
         (["--to", "safetensors", "--steps", "3"], "--steps"),
         (["--to", "safetensors", "--prompt", "x"], "--prompt"),
+        (["--to", "safetensors", "--text-weights", "x"], "--text-weights"),
+        (["--to", "stablehlo", "--text-weights", "none.npz"], "none.npz"),
+        (["--to", "stablehlo", "--tile", "7"], "tile is 7"),
         (["--to", "stablehlo", "--dtype", "bfloat16"], "--dtype"),
         (["--to", "diffusers", "--stage", "0"], "--stage"),
         (["--to", "stablehlo", "--size", "large"], "HEIGHTxWIDTH"),

@@ -306,6 +306,17 @@ def test_numpy_values_and_one_value_for_the_stage_that_enlarges(pipe):
     assert pipe.settings((2,), stage=1) == pipe.settings(2)[1:]
 
 
+def test_a_cascade_draws_in_tiles(pipe):
+    """Of 16×16, the second stage's 8×8 tiles change the picture; the base fits into one."""
+    drawing = {"steps": 1, "return_stages": True, "progress": False}
+    base, whole = pipe("moon", **drawing)
+    again, tiled = pipe("moon", tile=8, tile_overlap=4, **drawing)
+    np.testing.assert_array_equal(again, base)
+    assert tiled.shape == whole.shape and not np.array_equal(tiled, whole)
+    enlarged = pipe.upscale(base, "moon", steps=1, tile=8, tile_overlap=4, progress=False)
+    np.testing.assert_array_equal(enlarged, tiled)
+
+
 def test_stages_that_do_not_fit_or_were_not_trained(stages):
     base, doubling = stages
     for stages, message in [
@@ -336,7 +347,7 @@ def test_importing_cascade_does_not_import_jax():
 @pytest.fixture
 def loadable(pipe, monkeypatch):
     """Lets the jobs load the tiny cascade by any name."""
-    monkeypatch.setattr(sample, "load", lambda folder: pipe)
+    monkeypatch.setattr(sample, "load", lambda folder, **_: pipe)
     return pipe
 
 

@@ -126,8 +126,30 @@ def test_tiles_draw_what_the_whole_does_where_one_suffices():
     tiled = sampled(stage, params, low, tile=8, tile_overlap=4)
     assert tiled.shape == whole.shape and np.isfinite(tiled).all()
     assert not np.array_equal(tiled, whole)
-    with pytest.raises(UserError, match="tile is 7, not a multiple of 2"):
-        sampled(stage, params, low, tile=7, tile_overlap=2)
+
+
+@pytest.mark.parametrize(
+    ("lowres", "tile", "overlap", "said"),
+    [
+        (0, 7, 2, "tile is 7, not a multiple of 2"),
+        (4, 6, 4, "tile is 6, not a multiple of 4"),
+        (8, 8, 3, "tile_overlap is 3, not a multiple of 2"),
+        (6, 8, 2, "not by a whole factor"),
+    ],
+)
+def test_tiles_that_can_not_be_drawn_are_refused_before_training(lowres, tile, overlap, said):
+    config, sampling = stage_config(16, lowres), {"tile": tile, "tile_overlap": overlap}
+    drawable = Stage(config)
+    with pytest.raises(UserError, match=said):
+        drawable.settings(**sampling)
+    config.sampling.update(sampling)
+    with pytest.raises(UserError, match=said):
+        Stage(config)
+
+
+def test_tiles_of_what_was_enlarged_before_its_noise_may_overlap_by_any():
+    config = stage_config(16, 8, lowres_upsampling="before_noise")
+    assert Stage(config).settings(tile=8, tile_overlap=3).tile_overlap == 3
 
 
 def test_augmentation_is_drawn_for_each_example(monkeypatch):

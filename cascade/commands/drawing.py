@@ -34,6 +34,17 @@ def drawing_options(command):
             click.option(
                 "--sampler", help="ddim, ancestral, heun or dpmpp_2m. [default: the bundle's]"
             ),
+            click.option(
+                "--tile",
+                type=Numbers(int),
+                help="Predict larger pictures in tiles of so many pixels a side, for less memory; "
+                "0: whole. One, or (sample) one a stage. [default: the bundle's]",
+            ),
+            click.option(
+                "--tile-overlap",
+                type=Numbers(int),
+                help="Pixels by which tiles overlap, likewise. [default: the bundle's]",
+            ),
             click.option("--seed", default=0, show_default=True),
             click.option(
                 "--batch-size",

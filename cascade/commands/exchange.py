@@ -40,9 +40,18 @@ def deepfloyd(sources, out, dtype, overwrite):
 
 
 TAKES = {  # target -> options that only some targets take
-    "diffusers": ("dtype",),
+    "diffusers": ("dtype", "text_weights"),
     "safetensors": ("dtype",),
-    "stablehlo": ("stage", "steps", "sampler", "size", "prompt"),
+    "stablehlo": (
+        "stage",
+        "steps",
+        "sampler",
+        "tile",
+        "tile_overlap",
+        "size",
+        "prompt",
+        "text_weights",
+    ),
 }
 
 
@@ -57,6 +66,11 @@ TAKES = {  # target -> options that only some targets take
     help="diffusers, safetensors: how weights are stored. [default: float32]",
 )
 @click.option(
+    "--text-weights",
+    help="diffusers, stablehlo: folder or hub id of the text encoder, if the bundle was made "
+    "without it.",
+)
+@click.option(
     "--stage",
     type=int,
     multiple=True,
@@ -68,6 +82,12 @@ TAKES = {  # target -> options that only some targets take
     help="stablehlo: sampling steps: one, or one a stage. [default: the bundle's]",
 )
 @click.option("--sampler", help="stablehlo: as in `cascade sample`. [default: the bundle's]")
+@click.option(
+    "--tile",
+    type=Numbers(int),
+    help="stablehlo: as in `cascade sample`, one, or one a stage. [default: the bundle's]",
+)
+@click.option("--tile-overlap", type=Numbers(int), help="stablehlo: likewise.")
 @click.option("--size", help="stablehlo: HEIGHTxWIDTH of the base picture. [default: the bundle's]")
 @click.option(
     "--prompt",
@@ -86,9 +106,10 @@ def export(target, bundle, out, overwrite, **options):
     given = {name: value for name, value in options.items() if value not in (None, ())}
     for name in given:
         if name not in TAKES[target]:
+            option = name.replace("_", "-")
             owners = " or ".join(owner for owner, takes in TAKES.items() if name in takes)
             raise UserError(
-                f"--{name} means nothing to --to {target}; leave it out, or export --to {owners}."
+                f"--{option} means nothing to --to {target}; leave it out, or export --to {owners}."
             )
     if target == "stablehlo":
         from cascade.arguments import parsed_size

@@ -27,7 +27,7 @@ from ml_collections import FrozenConfigDict
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from cascade.arguments import per_stage, sampler_section, stage_sizes, whole
+from cascade.arguments import stage_settings, stage_sizes, whole
 from cascade.bundle import TrainedStage, load_bundle
 from cascade.diffusion import guidance
 from cascade.errors import UserError
@@ -72,7 +72,10 @@ def export_stablehlo(
     size: tuple[int, int] | None = None,
     steps: int | Sequence[int] | None = None,
     sampler: str | None = None,
+    tile: int | Sequence[int] | None = None,
+    tile_overlap: int | Sequence[int] | None = None,
     prompts: Sequence[str] = (),
+    text_weights: str = "",
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -86,7 +89,9 @@ def export_stablehlo(
         else in the sampling settings but the guidance weight and the augmentation level.
       steps: sampling steps, one number for all stages or one for each; None is the bundle's.
       sampler: a name in `SAMPLERS`; None is the bundle's.
+      tile, tile_overlap: pixels, as in `Cascade.__call__`; None is the bundle's.
       prompts: texts whose embeddings are stored, for those who have no text encoder.
+      text_weights: the text encoder's weights, if the bundle lacks them; see `load_bundle`.
       overwrite: replace an earlier export of this kind.
       progress: show a bar.
 
@@ -97,20 +102,23 @@ def export_stablehlo(
       UserError: the bundle can't be loaded, an argument is out of range, a prompt is blank, or the
         folder is taken or can't be written.
     """
-    bundle = load_bundle(bundle_folder)
+    bundle = load_bundle(bundle_folder, text_weights=text_weights)
+    encoder = bundle.text_encoder
     everything = [trained.stage for trained in bundle.stages]
     last = len(everything) - 1
     chosen = sorted({whole("stage", i, 0, last) for i in stages or range(len(everything))})
     sizes = stage_sizes(everything, size)
-    settings = _settings(everything, steps, sampler)
-    text = _text_tensors(bundle.text_encoder, prompts)
+    settings = stage_settings(
+        everything, sampler, steps=steps, tile=tile, tile_overlap=tile_overlap
+    )
+    text = _text_tensors(encoder, prompts)
     with whole_folder(out, kind="StableHLO export", mark=MANIFEST, overwrite=overwrite) as new:
         write_durably(new / TEXT_FILE, save(text, {"prompts": json.dumps(list(prompts))}))
         contents = {
             "jax": jax.__version__,
             "jaxlib": importlib.metadata.version("jaxlib"),
             "platforms": PLATFORMS,
-            "text_encoder": describe_text(bundle.text_encoder),
+            "text_encoder": describe_text(bundle.stages, encoder.name, encoder.fingerprint),
             "text": file_entry(new, new / TEXT_FILE),
             "prompts": list(prompts),
             "stages": [
@@ -120,17 +128,6 @@ def export_stablehlo(
         }
         write_manifest(new / MANIFEST, contents)
     return Path(out).resolve()
-
-
-def _settings(
-    stages: Sequence[Stage], steps: int | Sequence[int] | None, sampler: str | None
-) -> list[FrozenConfigDict]:
-    """Each stage's sampling settings, the bundle's own for what is None."""
-    same = {} if sampler is None else {"sampler": sampler_section(sampler)}
-    if steps is None:
-        return [stage.settings(**same) for stage in stages]
-    counts = per_stage("steps", steps, len(stages))
-    return [stage.settings(steps=n, **same) for stage, n in zip(stages, counts, strict=True)]
 
 
 def _text_tensors(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -208,7 +205,7 @@ def _denoise_program(stage: Stage, size: tuple[int, int], nested: Callable) -> P
         "cond/lowres": "the pictures to enlarge, noised to aug_logsnr",
         "cond/aug_logsnr": "logsnr of the noise on lowres",
         "x_hat": "the network's estimate of x, neither guided nor thresholded",
-        "fraction": "learned variance of a step t -> s, 0 … 1: where its logarithm lies from that "
+        "fraction": "learned variance of a step t -> s: where its logarithm lies from 0, that "
         "of (1 - r) sigma_s² to that of (1 - r) sigma_t², r = exp(logsnr_t - logsnr_s)",
     }
     return Program("denoise", call, {"z_t": z_t, "logsnr": logsnr, "cond": cond}, meanings)

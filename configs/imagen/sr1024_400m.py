@@ -10,8 +10,8 @@ What the paper leaves open, and our choice: guidance and steps of this stage (8,
 
 529M parameters: the paper says 400M, yet gives the 600M stage's layout less one attention layer's
 keys and values, which are 4M. 1.57 TFLOP a training crop, 8.22 an evaluation at 1024×1024.
-Drawing whole pictures needs memory that docs/full_size.md states; where it lacks, set
-`stage.sampling.tile` to 256 and `tile_overlap` to 64.
+Drawing whole pictures needs memory that docs/full_size.md states; where it lacks, draw with
+`--tile 256 --tile-overlap 64`.
 
     cascade train --config configs/imagen/sr1024_400m.py --workdir runs/sr1024
 """

@@ -146,7 +146,7 @@ def test_what_deepfloyd_needs_lowers_for_any_batch(monkeypatch, tmp_path, lowres
     below = [] if lowres == 0 else [trained(stage_config(8, 0))]
     monkeypatch.setattr(
         "cascade.interop.stablehlo.load_bundle",
-        lambda folder: type(
+        lambda folder, **_: type(
             "Loaded", (), {"stages": (*below, network), "text_encoder": WordEncoder()}
         ),
     )
