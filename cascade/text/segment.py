@@ -33,6 +33,7 @@ DTYPES = {
     "int8": (np.dtype(np.int8), "I8"),
 }
 ORIGIN = ("made_by", "fingerprint", "dtype")  # of a header; the rest is the checksum
+MISFIT = "its parts don't fit together"
 
 
 def rounded(states: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
@@ -93,14 +94,14 @@ class Segment:
         if header.keys() != {*ORIGIN, "checksum"}:
             raise ValueError("it does not say which encoder made it")
         self.path, self.origin = path, {key: header[key] for key in ORIGIN}
+        self.tokens = _check_layout(file, self.origin["dtype"])
         self.keys, self._starts, self._checks = map(file.get_tensor, ("keys", "starts", "checks"))
         if header["checksum"] != _checksum(self.origin, self._starts, self.keys, self._checks):
             raise ValueError("its checksum isn't that of its contents")
-        self.tokens = int(self._starts[-1])
+        ends = self._starts[0] == 0 and self._starts[-1] == self.tokens
+        if not ends or (self._starts[1:] < self._starts[:-1]).any():
+            raise ValueError(MISFIT)
         self._states, self._scales = file.get_slice("states"), None
-        stored_as = DTYPES[self.origin["dtype"]][1]
-        if self._states.get_shape()[0] != self.tokens or self._states.get_dtype() != stored_as:
-            raise ValueError("its parts don't fit together")
         if self.origin["dtype"] == "int8":
             self._scales = file.get_slice("scales")
 
@@ -169,6 +170,32 @@ def write(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_layout(file, dtype: str) -> int:
+    """T, once the names, dtypes and shapes of a file's tensors are those of a segment.
+
+    Raises:
+      ValueError: they aren't, or the dtype is unknown.
+    """
+    found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    found = {name: (part.get_dtype(), part.get_shape()) for name, part in found.items()}
+    if dtype not in DTYPES or not {"states", "checks"} <= found.keys():
+        raise ValueError(MISFIT)
+    sizes = found["states"][1], found["checks"][1]
+    if [len(shape) for shape in sizes] != [2, 1]:
+        raise ValueError(MISFIT)
+    (tokens, width), (n,) = sizes
+    wanted = {
+        "states": (DTYPES[dtype][1], [tokens, width]),
+        "starts": ("I64", [n + 1]),
+        "keys": ("U64", [n, 2]),
+        "checks": ("U64", [n]),
+        **({"scales": ("F32", [tokens])} if dtype == "int8" else {}),
+    }
+    if found != wanted:
+        raise ValueError(MISFIT)
+    return tokens
 
 
 def _check(states: np.ndarray, scales: np.ndarray | None) -> int:
