@@ -26,6 +26,7 @@ from cascade.shards import DTYPES, check_shapes, named, read_shards, write_shard
 from cascade.stage import Stage
 from cascade.text.encoders import ENCODERS, TextEncoder
 
+PLACE = {"kind": "bundle", "mark": "cascade.json"}  # as `cascade.files` asks for it
 WEIGHTS = "text_encoder"
 SHARD_BYTES = 16_000_000  # the usual limit of code hosts and mail is above this
 
@@ -137,7 +138,7 @@ def save_bundle(
     if dtype not in DTYPES:
         raise UserError(f"A bundle can't hold {dtype!r} weights; choose float32 or bfloat16.")
     check_fit(stages, text_encoder)
-    with whole_folder(folder, kind="bundle", mark="cascade.json", overwrite=overwrite) as new:
+    with whole_folder(folder, **PLACE, overwrite=overwrite) as new:
         contents = {
             "text": {
                 "section": {**text, **({"weights": ""} if "weights" in text else {})},

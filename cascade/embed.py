@@ -11,6 +11,7 @@ from cascade import registry
 from cascade.data.loader import make_source
 from cascade.data.sources import captions_of
 from cascade.errors import UserError
+from cascade.files import check_writable
 from cascade.parallel.mesh import make_mesh
 from cascade.text.cache import Added, EmbeddingCache
 from cascade.text.encoders import ENCODERS
@@ -50,7 +51,9 @@ class Embedded(NamedTuple):
         )
 
 
-def embed(config, out: str | None, *, dtype: str | None = None, progress: bool = True) -> Embedded:
+def embed(
+    config, out: str | None = None, *, dtype: str | None = None, progress: bool = True
+) -> Embedded:
     """Fills a cache with the states of all captions of a config's data, training and held-out.
 
     Captions that are there are verified; those that are missing or damaged are embedded on the mesh
@@ -66,12 +69,16 @@ def embed(config, out: str | None, *, dtype: str | None = None, progress: bool =
       UserError: no folder is given; the data, the mesh or the encoder doesn't fit; the folder holds
         what another encoder made, or can't be written.
     """
-    folder, dtype = out or config.text_cache.folder, dtype or config.text_cache.dtype
+    if out == "":
+        raise UserError("The cache's folder has an empty name; say where to write it.")
+    folder = config.text_cache.folder if out is None else out
+    dtype = dtype or config.text_cache.dtype
     if not folder:
         raise UserError(
             "config.text_cache.folder is '', which encodes captions as they are needed; give --out"
             " DIR to keep them."
         )
+    check_writable(folder, "cache")
     began = time.perf_counter()
     mesh = make_mesh(**config.mesh)
     encoder = registry.build("text encoder", ENCODERS, config.text)

@@ -86,7 +86,20 @@ def check_place(
             )
     try:
         _check_free(folder, kind, mark, overwrite)
-        there = next(up for up in folder.parents if up.exists())
+    except OSError as error:
+        raise _unwritable(kind, folder, error) from error
+    check_writable(folder.parent, f"{kind} {folder.name!r} in")
+
+
+def check_writable(folder: str | os.PathLike, kind: str):
+    """Refuses a folder that can't be made or in which nothing can be written.
+
+    Raises:
+      UserError: saying so of the `kind`.
+    """
+    folder = pathlib.Path(folder).resolve()
+    try:
+        there = next(up for up in (folder, *folder.parents) if up.exists())
         with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=there):
             pass
     except OSError as error:

@@ -7,8 +7,15 @@ import sys
 
 import pytest
 
+from cascade.config import load
+from cascade.embed import embed
 from cascade.errors import UserError
 from cascade.files import check_place, whole_folder
+from cascade.interop.deepfloyd import import_deepfloyd
+from cascade.interop.diffusers_folder import export_diffusers
+from cascade.interop.stablehlo import export_stablehlo
+from cascade.interop.weights import export_safetensors
+from cascade.training.export import bundle_runs
 
 KIND = {"kind": "bundle", "mark": "cascade.json"}
 
@@ -75,4 +82,41 @@ def test_a_place_that_cant_be_written_says_why_and_asks_for_no_space(place, tmp_
     with pytest.raises(UserError) as refused:
         check_place(place, **KIND, overwrite=False)
     assert "space" not in str(refused.value) and "bundle" in str(refused.value)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def taken(folder, mark):
+    (folder / mark).parent.mkdir(parents=True)
+    (folder / mark).write_text("{}")
+    return folder
+
+
+WRITERS = {
+    "safetensors.json": export_safetensors,
+    "stablehlo.json": export_stablehlo,
+    "stage0/model_index.json": export_diffusers,
+    "cascade.json": lambda source, out, **how: import_deepfloyd([source], out, **how),
+    "./cascade.json": lambda source, out, **how: bundle_runs([source], out, **how),
+}
+
+
+@pytest.mark.parametrize("mark", WRITERS)
+def test_the_place_is_looked_at_before_what_is_read(mark, tmp_path):
+    write, source = WRITERS[mark], tmp_path / "source"
+    source.mkdir()  # empty, which is an error too, but a later one
+    with pytest.raises(UserError, match="--overwrite"):
+        write(source, taken(tmp_path / "taken", mark))
+    if mark != "./cascade.json":  # a run may hold its bundle
+        with pytest.raises(UserError, match="apart"):
+            write(source, source / "inner", overwrite=True)
+
+
+def test_a_cache_s_place_is_looked_at_before_captions_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("cascade.embed.make_mesh", lambda **_: pytest.fail("it goes on"))
+    config = load("configs/emoji/base64.py:smoke", [f"--config.text_cache.folder={tmp_path}/mine"])
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="file/out"):
+        embed(config, str(tmp_path / "file" / "out"))
+    with pytest.raises(UserError, match="empty name"):
+        embed(config, "")
     assert os.listdir(tmp_path) == ["file"]

@@ -61,7 +61,11 @@ def prepare(ctx, spec, out):
 
 @click.command(context_settings=CONFIG_COMMAND)
 @click.option("--config", "spec", required=True, help="path/to/config.py[:arg].")
-@click.option("--out", required=True, help="Folder of the cache; an unfinished one is resumed.")
+@click.option(
+    "--out",
+    help="Folder of the cache; an unfinished one is resumed. [default: the config's "
+    "text_cache.folder]",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "int8"]),

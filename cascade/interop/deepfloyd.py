@@ -17,9 +17,11 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cascade.bundle import TrainedStage, save_bundle
+from cascade.bundle import PLACE, TrainedStage, save_bundle
 from cascade.errors import UserError
+from cascade.files import check_place
 from cascade.interop import if_scheduler, if_unet
+from cascade.interop.description import excerpt
 from cascade.interop.folders import open_weights, read_json, resolve
 from cascade.interop.if_weights import read_params
 from cascade.registry import build
@@ -61,7 +63,7 @@ def import_deepfloyd(
 ) -> Path:
     """Makes a bundle of DeepFloyd IF pipelines.
 
-    Tensors are read, turned round and written one at a time.
+    Tensors are read, turned round and written one after another: no network is in memory whole.
 
     Args:
       sources: diffusers' pipeline folders, or hub ids; stage I first, then II and III.
@@ -78,6 +80,7 @@ def import_deepfloyd(
     """
     if not sources:
         raise UserError("There is no source to import; give stage I's folder or hub id first.")
+    check_place(out, **PLACE, overwrite=overwrite, sources=sources)
     folders = [resolve(source) for source in sources]
     indices = [_index(folder, i > 0) for i, folder in enumerate(folders)]
     text, encoder = _text(folders, indices, dtype)
@@ -185,8 +188,8 @@ def _index(folder: Path, later: bool) -> dict[str, Any]:
     expected = PIPELINES[later]
     if index.get("_class_name") != expected:
         raise UserError(
-            f"{where!r} says it is {index.get('_class_name')!r} where {expected} is needed; give "
-            "stage I's pipeline first, then the later stages'."
+            f"{where!r} says it is {excerpt(index.get('_class_name'))} where {expected} is needed; "
+            "give stage I's pipeline first, then the later stages'."
         )
     needed = ["unet", "scheduler", *(["image_noising_scheduler"] if later else [])]
     for name in needed:
@@ -197,12 +200,12 @@ def _index(folder: Path, later: bool) -> dict[str, Any]:
             continue
         if name not in COMPONENTS:
             raise UserError(
-                f"{where!r} names the part {name!r}, which isn't known here; give a pipeline of "
-                "DeepFloyd IF as it was published."
+                f"{where!r} names the part {excerpt(name)}, which isn't known here; give a "
+                "pipeline of DeepFloyd IF as it was published."
             )
         if _has(index, name) and value[1] not in COMPONENTS[name]:
             raise UserError(
-                f"{where!r} says that its {name} is a {value[1]!r}, but only "
+                f"{where!r} says that its {name} is a {excerpt(value[1])}, but only "
                 f"{' or '.join(COMPONENTS[name])} is read here."
             )
     return index
@@ -224,8 +227,8 @@ def _descriptions(folder: Path, index: Mapping[str, Any]) -> dict[str, dict[str,
         read = read_json(folder / name, file)
         if read.get("_class_name") != index[name][1]:
             raise UserError(
-                f"{str(folder / name / file)!r} says it is {read.get('_class_name')!r}, but "
-                f"model_index.json says {index[name][1]!r}; get the pipeline again, whole."
+                f"{str(folder / name / file)!r} says it is {excerpt(read.get('_class_name'))}, "
+                f"but model_index.json says {index[name][1]!r}; get the pipeline again, whole."
             )
         descriptions[name] = read
     return descriptions

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cascade.bundle import TrainedStage, load_bundle
 from cascade.errors import UserError
-from cascade.files import whole_folder, write_whole
+from cascade.files import check_place, whole_folder, write_whole
 from cascade.interop import if_scheduler, if_unet
 from cascade.interop.deepfloyd import LEFT_OUT, PIPELINES, TEXT, config_file, stage_section
 from cascade.interop.folders import write_weights
@@ -78,11 +78,12 @@ def export_diffusers(
     """
     if dtype not in DTYPES:
         raise UserError(f"Weights can't be exported as {dtype!r}; choose from {', '.join(DTYPES)}.")
+    place = {"kind": "diffusers export", "mark": "stage0/model_index.json", "overwrite": overwrite}
+    check_place(out, **place, sources=[bundle_folder])
     bundle = load_bundle(bundle_folder, text_weights=text_weights)
     _check_text(bundle.text)
     descriptions = [_described(i, trained) for i, trained in enumerate(bundle.stages)]
-    mark = "stage0/model_index.json"
-    with whole_folder(out, kind="diffusers export", mark=mark, overwrite=overwrite) as new:
+    with whole_folder(out, **place) as new:
         for i, trained in enumerate(tqdm(bundle.stages, unit="stage", desc="exporting")):
             _write_pipeline(new / f"stage{i}", descriptions[i], later=i > 0)
             _write_unet(new / f"stage{i}" / "unet", trained, dtype)

@@ -31,7 +31,7 @@ from cascade.arguments import stage_settings, stage_sizes, whole
 from cascade.bundle import TrainedStage, load_bundle
 from cascade.diffusion import guidance
 from cascade.errors import UserError
-from cascade.files import whole_folder
+from cascade.files import check_place, whole_folder
 from cascade.interop.weights import describe_stage, describe_text, write_manifest, write_stage
 from cascade.manifest import file_entry
 from cascade.shards import named, write_durably
@@ -102,6 +102,8 @@ def export_stablehlo(
       UserError: the bundle can't be loaded, an argument is out of range, a prompt is blank, or the
         folder is taken or can't be written.
     """
+    place = {"kind": "StableHLO export", "mark": MANIFEST, "overwrite": overwrite}
+    check_place(out, **place, sources=[bundle_folder])
     bundle = load_bundle(bundle_folder, text_weights=text_weights)
     encoder = bundle.text_encoder
     everything = [trained.stage for trained in bundle.stages]
@@ -112,7 +114,7 @@ def export_stablehlo(
         everything, sampler, steps=steps, tile=tile, tile_overlap=tile_overlap
     )
     text = _text_tensors(encoder, prompts)
-    with whole_folder(out, kind="StableHLO export", mark=MANIFEST, overwrite=overwrite) as new:
+    with whole_folder(out, **place) as new:
         write_durably(new / TEXT_FILE, save(text, {"prompts": json.dumps(list(prompts))}))
         contents = {
             "jax": jax.__version__,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cascade.bundle import TrainedStage, load_stages
 from cascade.config import to_json
 from cascade.errors import UserError
-from cascade.files import whole_folder
+from cascade.files import check_place, whole_folder
 from cascade.manifest import file_entry
 from cascade.shards import DTYPES, check_finite, named, write_durably
 
@@ -57,8 +57,10 @@ def export_safetensors(
     """
     if dtype not in DTYPES:
         raise UserError(f"Weights can't be exported as {dtype!r}; choose from {', '.join(DTYPES)}.")
+    place = {"kind": "safetensors export", "mark": MANIFEST, "overwrite": overwrite}
+    check_place(out, **place, sources=[bundle_folder])
     stages, text = load_stages(bundle_folder)
-    with whole_folder(out, kind="safetensors export", mark=MANIFEST, overwrite=overwrite) as new:
+    with whole_folder(out, **place) as new:
         entries = [
             {
                 "files": write_stage(new, i, trained, dtype=dtype, shard_bytes=shard_bytes),

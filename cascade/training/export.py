@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from cascade import bundle, registry
 from cascade import config as configs
 from cascade.errors import UserError
+from cascade.files import check_place
 from cascade.parallel.mesh import make_mesh
 from cascade.parallel.rules import shardings
 from cascade.stage import Stage
@@ -65,17 +66,19 @@ def read_run(workdir) -> Run:
     return Run(config, trained, meta["text_fingerprint"])
 
 
-def bundle_runs(workdirs, folder, **how):
+def bundle_runs(workdirs, folder, *, overwrite: bool = False, **how):
     """Puts the EMA weights of several runs, base first, together into one bundle.
 
     Args:
       workdirs: the runs' folders.
       folder: the bundle's.
-      **how: dtype, text_weights, overwrite, as in `cascade.bundle.save_bundle`.
+      overwrite: replace a bundle that is there.
+      **how: dtype, text_weights, as in `cascade.bundle.save_bundle`.
 
     Raises:
       UserError: a run is missing or untrained, or the stages don't fit one another.
     """
+    check_place(folder, **bundle.PLACE, overwrite=overwrite)
     runs = [read_run(workdir) for workdir in workdirs]
     texts = [configs.to_json(run.config.text) for run in runs]
     for workdir, text in zip(workdirs, texts, strict=True):
@@ -92,4 +95,5 @@ def bundle_runs(workdirs, folder, **how):
                 f"{run.text_fingerprint[:8]}) than {workdirs[0]}/config.json names now "
                 f"({encoder.fingerprint[:8]}); put the weights of its training there."
             )
-    bundle.save_bundle(folder, [run.stage for run in runs], texts[0], encoder, **how)
+    trained = [run.stage for run in runs]
+    bundle.save_bundle(folder, trained, texts[0], encoder, overwrite=overwrite, **how)
