@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,11 @@ WEIGHT_FILES = tuple(
 )
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = ("*.json", "*.safetensors", "*spiece.model")
-HUB_VARIANTS = ("*.fp16*", "*non_ema*")  # the same weights again
+HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
+HUB_TOP = ("config.json", "spiece.model", "model*.json", "model*.safetensors")
+HUB_FILES = ("/*.json", "/*.safetensors", "/spiece.model")  # of a folder
+HUB_VARIANTS = ["*.fp16*", "*non_ema*"]  # the same weights again
+PIPELINE = ("unet", "scheduler", "image_noising_scheduler", "text_encoder", "tokenizer")
 PIECE_BYTES = 16_000_000  # what copying takes of the host's memory
 SHARD_BYTES = 4_000_000_000  # usual for models of many gigabytes
 DESCRIPTION_BYTES = 16_000_000  # an index of a huge model takes a few megabytes
@@ -139,19 +141,21 @@ def open_weights(folder: str | Path) -> Weights:
         or a file lies outside the folder.
     """
     folder = Path(folder)
-    for name in WEIGHT_FILES:
-        if not (folder / name).is_file():
-            continue
+    for name in (name for name in WEIGHT_FILES if (folder / name).is_file()):
         path = inside(folder, name)
         if name.endswith(".json"):
             return Weights(folder, _indexed(folder, name))
         return Weights(folder, dict.fromkeys(_mapped(path).keys(), path))
     if not folder.is_dir():
         raise UserError(f"There is no folder {str(folder)!r}; give one that holds a model.")
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    raise _without_weights(str(folder), [path.name for path in folder.iterdir()])
+
+
+def _without_weights(where: str, files: Iterable[str]) -> UserError:
+    pickles = sorted(name for name in files if name.endswith(PICKLES))
     found = f"only pickles ({pickles[0]}), which can run code" if pickles else "no weights"
-    raise UserError(
-        f"{str(folder)!r} holds {found}; give one with {WEIGHT_FILES[0]} or {WEIGHT_FILES[4]}, or"
+    return UserError(
+        f"{where!r} holds {found}; give one with {WEIGHT_FILES[0]} or {WEIGHT_FILES[4]}, or"
         " shards and their index: DeepFloyd/IF-* and google/flan-t5-* on the hub have safetensors,"
         " and transformers' and diffusers' save_pretrained(safe_serialization=True) converts"
         " a model that you trust."
@@ -229,42 +233,48 @@ def _mapped(path: Path):
         ) from error
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, parts: Sequence[str] = PIPELINE) -> Path:
     """The folder that a source names, fetched if it is a hub id.
 
     Args:
-      source: a folder, or an id like "google/flan-t5-xl" on the Hugging Face hub. Of a repository,
-        JSON, safetensors and SentencePiece files are fetched, into the hub's usual cache: no code
-        and no pickles.
+      source: a folder, or an id on the Hugging Face hub: "google/flan-t5-xl", or "…@REVISION" of a
+        tag, branch or commit. JSON, safetensors and SentencePiece files are fetched, into the
+        hub's usual cache: no code and no pickles.
+      parts: the folders of a repository to fetch, besides the model at its top.
 
     Raises:
-      UserError: no such folder; or the hub can't be reached or lacks it, or the extra that fetches
-        isn't installed.
+      UserError: no such folder; or the hub can't be reached or lacks it, or has only pickles, or
+        the extra that fetches isn't installed.
     """
     folder = Path(source).expanduser()
     if str(source) and folder.is_dir():
         return folder
-    if not HUB_ID.fullmatch(str(source)):
+    if not (named := HUB_ID.fullmatch(str(source))):
         raise UserError(
             f"There is no folder {str(source)!r}; give a folder, or a hub id such as"
             " google/flan-t5-xl."
         )
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import list_repo_files, snapshot_download
     except ImportError as error:
         raise UserError(
             f"There is no folder {str(source)!r}, and fetching it from the hub needs"
             " huggingface_hub; run `pip install 'cascade-imagen[hub]'`, or give a folder."
         ) from error
+    allow = [*HUB_TOP, *(part + file for part in parts for file in HUB_FILES)]
+    what = {"repo_id": named["id"], "revision": named["revision"]}
     try:
-        patterns = {"allow_patterns": list(HUB_FILES), "ignore_patterns": list(HUB_VARIANTS)}
-        return Path(snapshot_download(str(source), **patterns))
+        folder = Path(snapshot_download(**what, allow_patterns=allow, ignore_patterns=HUB_VARIANTS))
+        if any(folder.rglob("*.safetensors")):
+            return folder
+        files = list_repo_files(**what)
     except Exception as error:  # HTTP, cache and file errors have no base of their own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"There is no folder {str(source)!r}, and it couldn't be fetched from the hub"
             f" ({reason.rstrip('.')}); check the name and the network, or give a folder."
         ) from error
+    raise _without_weights(str(source), files)
 
 
 def rows(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
@@ -284,6 +294,7 @@ def write_weights(
     specs: Mapping[str, Any],
     read: Callable[[str, tuple[slice, ...]], np.ndarray],
     shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Writes tensors as `open_weights` and everybody else reads them, piece by piece.
 
@@ -293,6 +304,7 @@ def write_weights(
       specs: tensor name → anything with `shape` and `dtype`.
       read: gives a part of a tensor, as `Weights.read`; all of it with ().
       shard_bytes: what a file holds at most, but for a single tensor that is larger.
+      metadata: what every file's header says of it, beside its format.
 
     Returns:
       The names of the files: one, or shards and their index.
@@ -309,7 +321,7 @@ def write_weights(
     files = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     files = files if count > 1 else [f"{stem}.safetensors"]
     for file, names in zip(files, shards, strict=True):
-        _write_file(folder / file, {name: specs[name] for name in names}, read)
+        _write_file(folder / file, {name: specs[name] for name in names}, read, metadata or {})
     if count == 1:
         return files
     weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -318,10 +330,10 @@ def write_weights(
     return [*files, f"{stem}.safetensors.index.json"]
 
 
-def _write_file(path: Path, specs: Mapping[str, Any], read):
+def _write_file(path: Path, specs: Mapping[str, Any], read, metadata: Mapping[str, str]):
     """One safetensors file: the header's length in 8 bytes, the header, the tensors in a row."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # without it transformers refuses the file
+    header, end = {"__metadata__": {"format": "pt", **metadata}}, 0  # transformers asks for "pt"
     for name, spec in specs.items():
         start, end = end, end + math.prod(spec.shape) * spec.dtype.itemsize
         code = codes[np.dtype(spec.dtype)]

@@ -24,6 +24,7 @@ from cascade.text.interface import TextEncoder, Tokens, checked_text
 
 VOCABULARY = "spiece.model"
 PAD, END, UNKNOWN = 0, 1, 2  # the ids of T5's own vocabulary
+PARTS = ("text_encoder", "tokenizer")  # of a folder that diffusers wrote
 NULLS = ("zeros", "empty_prompt")
 LAZY = ("_tensors", "_pieces", "_placed", "_params", "_apply")  # loaded on demand
 
@@ -201,8 +202,9 @@ def t5(
 
     Args:
       max_length: L, tokens read of a prompt, </s> included.
-      weights: a folder, or a hub id, of config.json, safetensors and spiece.model; or one with the
-        folders text_encoder/ and tokenizer/, as diffusers writes.
+      weights: a folder, or a hub id ("google/flan-t5-xl", or "…@revision"), of config.json,
+        safetensors and spiece.model; or one with the folders text_encoder/ and tokenizer/, as
+        diffusers writes.
       null: what stands for no text: "zeros", with a cleared mask (Imagen), or "empty_prompt", the
         states of "" (DeepFloyd IF).
       keep_padding: hand on the states at padding and an all-True mask (DeepFloyd IF: stages attend
@@ -225,8 +227,8 @@ def t5(
             "The text encoder's weights are '', and no T5 comes with this package; give a folder or"
             " a hub id as `weights`, or to `cascade.load` and `cascade sample` as text_weights."
         )
-    folder = resolve(weights)
-    parts = (folder / "text_encoder", folder / "tokenizer")
+    folder = resolve(weights, PARTS)
+    parts = [folder / part for part in PARTS]
     model, vocabulary = parts if all(part.is_dir() for part in parts) else (folder, folder)
     return T5Encoder(
         model,

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from cascade.errors import UserError
 from cascade.interop import folders
-from cascade.interop.folders import open_weights, resolve
+from cascade.interop.folders import open_weights
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -269,58 +268,6 @@ def test_a_pipe_or_a_circle_of_links_is_no_file(tmp_path):
     (folder / SHARDS[0]).symlink_to(SHARDS[0])
     with pytest.raises(UserError, match="no file"):
         open_weights(folder)
-
-
-# ------------------------------------------------------------------------------------ sources
-
-
-def test_a_folder_is_its_own_source(tmp_path, monkeypatch):
-    assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "t5").mkdir()
-    assert resolve("~/t5") == tmp_path / "t5"
-
-
-@pytest.mark.parametrize("source", ["", "t5", "/no/such/folder", "../x/y", "a/b/c", "a/../b"])
-def test_what_is_neither_a_folder_nor_a_hub_id(source):
-    with pytest.raises(UserError, match="give a folder, or a hub id"):
-        resolve(source)
-
-
-def fake_hub(monkeypatch, download):
-    """Puts a function in place of the hub's client."""
-    module = type(sys)("huggingface_hub")
-    module.snapshot_download = download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-
-
-def test_a_hub_id_is_fetched_without_code_or_pickles(tmp_path, monkeypatch):
-    asked = {}
-
-    def download(repo_id, **patterns):
-        asked.update(patterns, repo_id=repo_id)
-        return str(tmp_path)
-
-    fake_hub(monkeypatch, download)
-    assert resolve("google/flan-t5-xl") == tmp_path
-    assert asked["repo_id"] == "google/flan-t5-xl"
-    kinds = {pattern.rpartition(".")[2] for pattern in asked["allow_patterns"]}
-    assert kinds == {"json", "safetensors", "model"}
-
-
-def test_a_hub_out_of_reach_is_told_in_one_sentence(monkeypatch):
-    def fail(*args, **kwargs):
-        raise ConnectionError("no route\nto host.")
-
-    fake_hub(monkeypatch, fail)
-    with pytest.raises(UserError, match=r"couldn't be fetched .*\(no route to host\); check"):
-        resolve("google/flan-t5-xl")
-
-
-def test_without_the_extra_its_name_is_told(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"pip install 'cascade-imagen\[hub\]'"):
-        resolve("google/flan-t5-xl")
 
 
 # ------------------------------------------------------------------------------------ writing
