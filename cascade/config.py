@@ -41,10 +41,10 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     configs = load_stages(spec, overrides)
     if None not in configs:
-        path = spec.partition(":")[0]
+        path, colon, arg = spec.partition(":")
         raise UserError(
             f"Config {spec} is a cascade of {', '.join(configs)}; name the one that you mean, like "
-            f"{path}:{next(iter(configs))}."
+            f"{path}:{next(iter(configs))}{colon}{arg}."
         )
     return configs[None]
 

@@ -203,3 +203,19 @@ def test_what_a_cascade_cant_be(overrides, said):
     with pytest.raises(UserError) as caught:
         config.load(CASCADE, overrides)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arg", "said"),
+    [
+        ("", "like configs/imagen/cascade.py:base."),
+        (":smoke", "like configs/imagen/cascade.py:base:smoke."),
+        (":nope", "takes one of base, sr256, sr1024, or smoke, or both in that order"),
+        (":smoke:base", "(base:smoke), not 'smoke:base'"),
+        (":sr256:nope", "not 'sr256:nope'"),
+    ],
+)
+def test_an_argument_that_names_no_stage_is_told_which_do(arg, said):
+    with pytest.raises(UserError) as caught:
+        config.load(CASCADE + arg)
+    assert said in str(caught.value)
