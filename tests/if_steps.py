@@ -22,11 +22,14 @@ IF = {
 
 
 def network(z_t, logsnr, learned: bool) -> np.ndarray:
-    """Stands for a trained network: an output that depends on all it is given."""
+    """Stands for a trained network: an output that depends on all it is given.
+
+    A learned variance goes beyond both of its bounds, -1 and 1, as a trained network's may.
+    """
     z_t = np.asarray(z_t)
     output = np.sin(1.5 * z_t + 0.1 * np.asarray(logsnr)[:, None, None, None])
     output = 0.7 * output + 0.4 * np.roll(z_t, 1, 1)
-    variance = np.tanh(np.roll(z_t, 1, -1))
+    variance = 1.5 * np.sin(np.roll(z_t, 1, -1))
     return np.concatenate([output, variance] if learned else [output], -1).astype(np.float32)
 
 

@@ -19,8 +19,8 @@ KINDS = ("x", "eps", "v")
 class Prediction(NamedTuple):
     """One prediction in all its forms, each shaped as z_t; z_t = alpha x + sigma eps holds.
 
-    `fraction` places a learned variance between the posterior's bounds, see `posterior`; None
-    where the network doesn't learn it.
+    `fraction` places a learned variance by the posterior's bounds, see `posterior`; None where
+    the network doesn't learn it.
     """
 
     x: Array
@@ -85,8 +85,8 @@ def posterior(
 def split_output(output: Array, channels: int) -> tuple[Array, Array | None]:
     """Splits a network's output [..., C or 2C] into the prediction [..., C] and its fraction.
 
-    The second half o of a learned-variance output becomes (o + 1) / 2, held to [0, 1] (Nichol &
-    Dhariwal 2021). The gradient passes the bound, for a value beyond it must find its way back.
+    The second half o of a learned-variance output becomes (o + 1) / 2, which isn't held to
+    [0, 1]: a variance may leave the posterior's bounds (Nichol & Dhariwal 2021, §3.1).
 
     Raises:
       UserError: the output has neither C nor 2C channels.
@@ -99,8 +99,7 @@ def split_output(output: Array, channels: int) -> tuple[Array, Array | None]:
             f"give it {channels}, or {2 * channels} to learn the variance."
         )
     output, raw = jnp.split(output, 2, axis=-1)
-    fraction = 0.5 * (raw + 1.0)
-    return output, fraction + jax.lax.stop_gradient(jnp.clip(fraction, 0.0, 1.0) - fraction)
+    return output, 0.5 * (raw + 1.0)
 
 
 def predictions(output: Array, z_t: Array, logsnr: Array, kind: str) -> Prediction:
