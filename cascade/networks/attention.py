@@ -74,7 +74,7 @@ class Attention(nn.Module):
             q = nn.DenseGeneral(heads, dtype=dtype, name="q")(pixels)
         if self.text_attention:
             text_emb, mask = text
-            words = self._normed(text_emb)
+            words = self._normed(text_emb, mask)
             text_kv = nn.DenseGeneral((2, *heads), dtype=dtype, name="text_kv")(words)
             text_k, text_v = text_kv[:, :, 0], text_kv[:, :, 1]
             if self.self_attention:
@@ -88,13 +88,16 @@ class Attention(nn.Module):
         out = nn.DenseGeneral(c, (-2, -1), kernel_init=zeros, dtype=dtype, name="out")(out)
         return x + out.reshape(x.shape)
 
-    def _normed(self, text_emb: jax.Array) -> jax.Array:
-        """Text after its norm: over each token's channels, or over groups of channels of all."""
+    def _normed(self, text_emb: jax.Array, mask: jax.Array) -> jax.Array:
+        """Text after its norm: over each token's channels, or over groups of channels of all.
+
+        "All" are the tokens inside the mask; of text without any, the result doesn't matter.
+        """
         if self.style.text_norm == "layer":
             return nn.LayerNorm(EPSILON, name="text_norm")(text_emb)
         if self.style.text_norm == "group":
             norm = GroupNorm(TEXT_GROUPS, jnp.float32, name="text_norm")
-            return norm(text_emb[:, :, None])[:, :, 0]
+            return norm(text_emb[:, :, None], counted=mask[:, :, None])[:, :, 0]
         return text_emb
 
 

@@ -95,13 +95,29 @@ class GroupNorm(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, modulation: tuple[jax.Array, jax.Array] | None = None):
-        """Normalises x [B, H, W, C]; `modulation` is (scale, shift), each [B, C]."""
+    def __call__(
+        self,
+        x: jax.Array,
+        modulation: tuple[jax.Array, jax.Array] | None = None,
+        counted: jax.Array | None = None,
+    ):
+        """Normalises x [B, H, W, C].
+
+        Args:
+          modulation: (scale, shift), each [B, C].
+          counted: [B, H, W] bool, where mean and var are taken; everywhere if None. Where none is
+            True they are 0.
+        """
         b, _, _, c = x.shape
         gamma = self.param("scale", nn.initializers.ones, (c,))
         beta = self.param("bias", nn.initializers.zeros, (c,))
         wide = x.astype(jnp.float32)
-        moments = jnp.stack([wide.mean((1, 2)), jnp.square(wide).mean((1, 2))])
+        if counted is None:
+            moments = jnp.stack([wide.mean((1, 2)), jnp.square(wide).mean((1, 2))])
+        else:
+            kept = jnp.where(counted[..., None], wide, 0)
+            number = jnp.maximum(counted.sum((1, 2)), 1)[:, None]
+            moments = jnp.stack([kept.sum((1, 2)), jnp.square(kept).sum((1, 2))]) / number
         moments = moments.reshape(2, b, self.groups, -1).mean(-1, keepdims=True)
         mean, square = jnp.broadcast_to(moments, (2, b, self.groups, c // self.groups))
         rstd = jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + EPSILON).reshape(b, c)

@@ -450,6 +450,22 @@ def test_group_norm_of_text_is_over_all_tokens():
     assert np.abs(out - attention.apply(params, x, (louder, mask))).max() > 1e-3
 
 
+@pytest.mark.parametrize("over_pixels", [False, True])
+def test_group_norm_of_text_is_blind_to_padding(over_pixels):
+    """Neither what padding holds nor how much of it there is changes anything."""
+    x = jax.random.normal(jax.random.key(0), (2, 2, 2, 8))
+    words = jax.random.normal(jax.random.key(1), (2, 5, 64))
+    mask = jnp.array([[True, True, True, False, False], [False] * 5])
+    style = Style(4, "gelu", 0.0, 8, "xla", "group", 1.0, 1.0, jnp.float32, True)
+    attention = Attention(over_pixels, True, style)
+    params = drawn(attention, x, (words, mask))
+    out = attention.apply(params, x, (words, mask))
+    padded = jnp.where(mask[..., None], words, 1e3)
+    np.testing.assert_allclose(attention.apply(params, x, (padded, mask)), out, rtol=1e-5)
+    short = attention.apply(params, x, (words[:, :3], mask[:, :3]))
+    np.testing.assert_allclose(short, out, rtol=1e-5, atol=1e-6)
+
+
 def test_group_norm_of_text_needs_whole_groups():
     with pytest.raises(UserError, match="32 groups"):
         parameters_of(UNet(**BASE | {"text_norm": "group"}))
