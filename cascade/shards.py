@@ -112,28 +112,28 @@ def read_shards(where: str, files: Iterable[tuple[str, bytes]], dtype: str, temp
                     "`cascade bundle`."
                 )
             tensors[name] = np.frombuffer(tensor["data"], numpy_dtype).reshape(tensor["shape"])
-    tensors = _joined(where, tensors, dict(named(template)))
+    _join(where, tensors, dict(named(template)))
     check_shapes(where, tensors, template)
     for name, tensor in tensors.items():
         check_finite(where, name, tensor)
-    leaves = [tensors[name].astype(leaf.dtype) for name, leaf in named(template)]
+    # Each tensor is let go once it is cast: a copy of all of them may not fit in memory.
+    leaves = [tensors.pop(name).astype(leaf.dtype, copy=False) for name, leaf in named(template)]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
-def _joined(where: str, tensors: dict[str, np.ndarray], wanted: Mapping) -> dict[str, np.ndarray]:
-    """Tensors with all pieces put together, in the shapes that are wanted of them."""
-    whole, pieces = {}, {}
-    for name, tensor in tensors.items():
+def _join(where: str, tensors: dict[str, np.ndarray], wanted: Mapping):
+    """Puts together the pieces among `tensors`, in the shapes that are wanted of them."""
+    pieces = {}
+    for name in list(tensors):
         match = PIECE.fullmatch(name)
         if match:
-            pieces.setdefault(match[1], {})[int(match[2]), int(match[3])] = tensor
-        else:
-            whole[name] = tensor
-    for name, parts in pieces.items():
+            pieces.setdefault(match[1], {})[int(match[2]), int(match[3])] = tensors.pop(name)
+    while pieces:  # and keeps none of a tensor's once it is whole
+        name, parts = pieces.popitem()
         count = len(parts)
         fits = (
             name in wanted
-            and name not in whole
+            and name not in tensors
             and count > 1
             and sorted(parts) == [(i + 1, count) for i in range(count)]
             and all(part.ndim == 1 and part.size for part in parts.values())
@@ -145,8 +145,7 @@ def _joined(where: str, tensors: dict[str, np.ndarray], wanted: Mapping) -> dict
                 "bundle again, or write it anew with `cascade bundle`."
             )
         flat = np.concatenate([parts[key] for key in sorted(parts)])
-        whole[name] = flat.reshape(wanted[name].shape)
-    return whole
+        tensors[name] = flat.reshape(wanted[name].shape)
 
 
 def named(tree: Any) -> list[tuple[str, Any]]:
@@ -180,7 +179,7 @@ def check_shapes(where: str, tensors: Mapping[str, Any], template: Any):
 
 def check_finite(where: str, name: str, tensor: np.ndarray):
     """Raises a UserError where an array holds NaN or infinity."""
-    if not np.isfinite(tensor.astype(np.float32)).all():
+    if not np.isfinite(tensor).all():
         raise UserError(
             f"The tensor {name!r} of {where} has NaN or infinite values, so its training diverged; "
             "take an earlier checkpoint."

@@ -1,5 +1,7 @@
 """Weights come back bit for bit from shards below any limit, and lies about them are noticed."""
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
@@ -138,3 +140,16 @@ def test_tensors_that_are_not_the_networks(edit, message):
     params, files = edited(edit)
     with pytest.raises(UserError, match=message):
         read(params, files)
+
+
+def test_reading_holds_weights_little_more_than_once(tmp_path):
+    """Of tensors in pieces too, no second copy of all is made: a network may fill the memory."""
+    rng = np.random.default_rng(0)
+    params = {f"kernel_{i}": rng.normal(size=(250, 1000)).astype(np.float32) for i in range(16)}
+    paths = shards.write_shards(tmp_path, "stage0", params, "float32", 400_000)
+    total = sum(leaf.nbytes for leaf in params.values())
+    tracemalloc.start()
+    back = read(params, ((path.name, path.read_bytes()) for path in paths))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert back.keys() == params.keys() and total <= most < 1.3 * total
