@@ -198,6 +198,9 @@ def t5(
 ) -> T5Encoder:
     """A T5 v1.1 or Flan-T5 encoder: 35M (small) to 4.8B (XXL) parameters, D = 512 … 4096.
 
+    Tokens are sentencepiece's, as of transformers' T5Tokenizer before version 5, but for one rule:
+    "</s>" and other control tokens' names in a prompt are text.
+
     Source: Raffel et al. 2020; huggingface.co/google/t5-v1_1-xxl, flan-t5-xxl, Apache-2.0.
 
     Args:

@@ -30,7 +30,10 @@ SETTINGS = {
 IMAGEN = {"null": "zeros", "keep_padding": False}
 DEEPFLOYD = {"null": "empty_prompt", "keep_padding": True}
 PROMPTS = Path(__file__).parent / "prompts"
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "t5_tokens.json").read_text("utf-8"))
+GOLDEN, UNICODE = (
+    json.loads((Path(__file__).parents[1] / "golden" / name).read_text("utf-8"))
+    for name in ("t5_tokens.json", "t5_unicode.json")
+)
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=60)  # surrogates too
 
 
@@ -81,6 +84,13 @@ def test_golden_ids_of_odd_texts(long_encoder, text, ids):
     assert ids_of(long_encoder, [text]) == [ids]
 
 
+def test_the_ids_of_odd_unicode_are_those_of_transformers_before_5(long_encoder):
+    """Characters of every category: marks, formats, private ones and unassigned ones too."""
+    texts, ids = zip(*UNICODE["text"], strict=True)
+    assert len(texts) > 400
+    assert ids_of(long_encoder, texts) == list(ids)
+
+
 @pytest.fixture(scope="module")
 def theirs():
     transformers = pytest.importorskip("transformers")
@@ -121,6 +131,13 @@ def test_any_text_is_tokenized_or_refused_for_its_surrogates(encoder, texts):
         assert count == 0 or (row[count - 1] == 1 and (row[: count - 1] > 1).all())
     np.testing.assert_array_equal(mask, np.arange(16) < mask.sum(axis=1)[:, None])
     assert (mask.sum(axis=1)[truncated] == 16).all()
+
+
+@pytest.mark.parametrize(("text", "theirs"), UNICODE["control"])
+def test_where_transformers_reads_a_control_token_we_read_text(long_encoder, text, theirs):
+    (ids,) = ids_of(long_encoder, [text])
+    assert {0, 1, 32099} & {*theirs[:-1], theirs[0]} and not {0, 1, 32099} & set(ids[:-1])
+    assert ids != theirs
 
 
 @pytest.mark.parametrize("text", ["</s>", "<pad>", "<unk>", "<extra_id_0>", "a </s> b <pad>"])
