@@ -5,6 +5,8 @@ from typing import Any
 
 from cascade.errors import UserError
 
+EXCERPT = 60  # characters
+
 
 class Description:
     """Settings of a description: what it states, and defaults for what it leaves out.
@@ -39,8 +41,8 @@ class Description:
         for key, value in given.items():
             if key not in stated and key not in mapped and key not in built:
                 raise UserError(
-                    f"{where} has the option {key!r} = {value!r}, which isn't known here and can't "
-                    "be honoured; use a model without it."
+                    f"{where} has the option {excerpt(key)} = {excerpt(value)}, which isn't known "
+                    "here and can't be honoured; use a model without it."
                 )
         for key in stated:
             if key not in given:
@@ -55,8 +57,8 @@ class Description:
     def refusal(self, key: str, expected: str) -> UserError:
         """The error that says that `key`'s value isn't built here, but `expected` is."""
         return UserError(
-            f"{self._where} has {key} = {self._settings[key]!r}, but only {expected} is built here;"
-            " use a model that has this."
+            f"{self._where} has {key} = {excerpt(self._settings[key])}, but only {expected} is "
+            "built here; use a model that has this."
         )
 
     def one_of(self, key: str, choices: Mapping[Any, Any] | Sequence[Any]) -> Any:
@@ -85,6 +87,12 @@ class Description:
         if len(value) != levels:
             raise self.refusal(key, f"a list of {levels} (as many as block_out_channels has)")
         return tuple(value)
+
+
+def excerpt(value: Any) -> str:
+    """What a message quotes of a value that others wrote, which may be long."""
+    text = repr(value)
+    return text if len(text) <= EXCERPT else f"{text[:EXCERPT]}…"
 
 
 def _is(value: Any, kind: type) -> bool:

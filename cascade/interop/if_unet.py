@@ -76,6 +76,8 @@ BUILT = {  # key -> the only value that is built here
     "use_linear_projection": False,
 }
 
+MOST_LEVELS, MOST_BLOCKS = 10, 100  # blocks of a level; IF-XL has 4 levels of 3
+
 
 def read(where: str, description: Mapping[str, Any], super_resolution: bool) -> dict[str, Any]:
     """What a U-Net's config.json says, as keys of a stage section, `network` among them.
@@ -109,7 +111,7 @@ def read(where: str, description: Mapping[str, Any], super_resolution: bool) -> 
             "name": "unet",
             "channels": unit,
             "channel_mults": tuple(width // unit for width in widths),
-            "num_blocks": d.per_level("layers_per_block", int, levels),
+            "num_blocks": _blocks(d, levels),
             "strides": (1,) + (2,) * (levels - 1),
             "resampling": "block",
             "skips": "block",
@@ -144,9 +146,17 @@ def _widths(d: Description) -> tuple[int, ...]:
     positive = isinstance(widths, list | tuple) and all(
         type(width) is int and width > 0 for width in widths
     )
-    if not positive or not widths:
-        raise d.refusal("block_out_channels", "a list of positive whole numbers")
+    if not positive or not 0 < len(widths) <= MOST_LEVELS:
+        raise d.refusal("block_out_channels", f"a list of 1 to {MOST_LEVELS} positive numbers")
     return tuple(widths)
+
+
+def _blocks(d: Description, levels: int) -> tuple[int, ...]:
+    """Blocks of each level."""
+    blocks = d.per_level("layers_per_block", int, levels)
+    if not all(1 <= each <= MOST_BLOCKS for each in blocks):
+        raise d.refusal("layers_per_block", f"1 to {MOST_BLOCKS} a level")
+    return blocks
 
 
 def _attending(d: Description, levels: int) -> tuple[bool, ...]:

@@ -34,6 +34,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
         {"block_out_channels": [32, -32]},
         {"layers_per_block": [1, 1, 1]},
         {"layers_per_block": "two"},
+        {"layers_per_block": 3000},
+        {"layers_per_block": [1, 0]},
+        {"block_out_channels": [32] * 11},
         {"mid_block_type": "UNetMidBlock2DCrossAttn"},
         {"mid_block_scale_factor": 2.0},
         {"resnet_out_scale_factor": 0.0},
@@ -65,6 +68,20 @@ def test_an_option_of_a_unet_that_is_not_built(change):
     key = next(iter(change))
     with pytest.raises(UserError, match=rf"config\.json.*{key}"):
         if_unet.read("config.json", unet("aa") | change, super_resolution=False)
+
+
+@pytest.mark.parametrize("change", [{"act_fn": "x" * 9999}, {"x" * 9999: 1}, {"new": [1] * 9999}])
+def test_a_refusal_quotes_no_more_than_one_can_read(change):
+    with pytest.raises(UserError) as error:
+        if_unet.read("config.json", unet("aa") | change, super_resolution=False)
+    assert len(str(error.value)) < 300
+
+
+def test_a_refusal_of_a_pipeline_is_as_short(pipelines, tmp_path):
+    rewrite(pipelines[0] / "model_index.json", _class_name="x" * 9999)
+    with pytest.raises(UserError) as error:
+        import_deepfloyd(pipelines, tmp_path / "out")
+    assert len(str(error.value)) < 500
 
 
 def test_the_published_size_is_the_published_number():
@@ -326,6 +343,20 @@ def test_a_bundle_without_its_t5_is_exported_with_the_one_that_is_given(tmp_path
     given = load_file(tmp_path / "t5" / "model.safetensors")
     for name in written:
         np.testing.assert_array_equal(written[name], given[name])
+
+
+def test_weights_that_are_not_finite_once_rounded_are_not_exported(tmp_path, monkeypatch):
+    """The largest float32 is beyond bfloat16's."""
+    bundle = bundle_of(tmp_path, {})
+    loaded = load_bundle(bundle)
+    largest = jax.tree.map(
+        lambda leaf: np.full_like(leaf, np.finfo(np.float32).max), loaded.stages[0].params
+    )
+    broken = loaded._replace(stages=(loaded.stages[0]._replace(params=largest),))
+    monkeypatch.setattr("cascade.interop.diffusers_folder.load_bundle", lambda folder, **_: broken)
+    with pytest.raises(UserError, match="infinite"):
+        export_diffusers(bundle, tmp_path / "out", dtype="bfloat16")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("change", [{"null": "zeros"}, {"lower_case": False}])
