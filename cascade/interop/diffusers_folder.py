@@ -26,7 +26,7 @@ from cascade.interop import if_scheduler, if_unet
 from cascade.interop.deepfloyd import LEFT_OUT, PIPELINES, TEXT, config_file, stage_section
 from cascade.interop.folders import write_weights
 from cascade.interop.if_weights import places, to_diffusers
-from cascade.shards import DTYPES, named
+from cascade.shards import DTYPES, check_finite, named
 from cascade.text.interface import TextEncoder
 
 LIBRARIES = {
@@ -189,7 +189,11 @@ def _write_pipeline(folder: Path, descriptions: Mapping[str, Mapping], later: bo
 
 
 def _write_unet(folder: Path, trained: TrainedStage, dtype: str):
-    """A U-Net's weights, turned round one tensor at a time."""
+    """A U-Net's weights, turned round one tensor at a time.
+
+    Raises:
+      UserError: a weight isn't finite once it is rounded.
+    """
     params = dict(named(trained.params))
     levels = len(trained.stage.config.network.channel_mults)
     sources = {
@@ -204,7 +208,10 @@ def _write_unet(folder: Path, trained: TrainedStage, dtype: str):
 
     def read(name: str, part: tuple[slice, ...]) -> np.ndarray:
         path, place = sources[name]
-        return to_diffusers(np.asarray(params[path]), place)[name][part]
+        turned = to_diffusers(np.asarray(params[path]), place)[name][part]
+        piece = turned.astype(DTYPES[dtype][1], copy=False)
+        check_finite(folder.parent.name, path, piece)
+        return piece
 
     write_weights(folder, "diffusion_pytorch_model", specs, read)
 

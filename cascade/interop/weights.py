@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from safetensors.numpy import save
 from tqdm import tqdm
 
 from cascade.bundle import TrainedStage, load_stages
 from cascade.config import to_json
 from cascade.errors import UserError
 from cascade.files import check_place, whole_folder
+from cascade.interop.folders import write_weights
 from cascade.manifest import file_entry
 from cascade.shards import DTYPES, check_finite, named, write_durably
 
@@ -102,42 +103,26 @@ def write_stage(
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
 ) -> list[dict[str, Any]]:
-    """Writes one stage's weights into `folder`; returns each file's entry for a manifest.
+    """Writes one stage's weights, in pieces, into `folder`; returns each file's manifest entry.
 
     Every file's header holds, under the key "cascade", the JSON of `describe_stage`.
 
     Raises:
       UserError: a weight isn't finite once it is rounded.
     """
-    stem = f"stage{index}"
     header = {
         "cascade": json.dumps({"format_version": FORMAT_VERSION, **describe_stage(index, trained)})
     }
-    shards: list[dict[str, np.ndarray]] = [{}]
-    room = shard_bytes
-    for name, leaf in named(trained.params):
-        tensor = np.asarray(leaf, dtype=DTYPES[dtype][1], order="C")
-        check_finite(f"stage {index}", name, tensor)
-        if shards[-1] and tensor.nbytes > room:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        files = [f"{stem}.safetensors"]
-    else:
-        files = [
-            f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
-        ]
-    for file, shard in zip(files, shards, strict=True):
-        write_durably(folder / file, save(shard, header))
-    if len(shards) > 1:
-        index_file = f"{stem}.safetensors.index.json"
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        document = {"metadata": {"total_size": total}, "weight_map": places}
-        write_durably(folder / index_file, json.dumps(document, indent=1).encode())
-        files.append(index_file)
+    params = dict(named(trained.params))
+    numbers = DTYPES[dtype][1]
+    specs = {name: jax.ShapeDtypeStruct(leaf.shape, numbers) for name, leaf in params.items()}
+
+    def read(name: str, part: tuple[slice, ...]) -> np.ndarray:
+        piece = np.asarray(params[name][part], numbers)
+        check_finite(f"stage {index}", name, piece)
+        return piece
+
+    files = write_weights(folder, f"stage{index}", specs, read, shard_bytes, header)
     return [file_entry(folder, folder / file) for file in files]
 
 

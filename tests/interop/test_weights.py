@@ -11,7 +11,7 @@ from tiny_cascade import WordEncoder, stage_config
 
 from cascade.config import to_json
 from cascade.errors import UserError
-from cascade.interop.weights import export_safetensors
+from cascade.interop.weights import export_safetensors, write_stage
 from cascade.shards import named
 from cascade.stage import Stage
 from cascade.text.encoders import ENCODERS
@@ -132,6 +132,42 @@ def test_a_large_stage_is_in_shards_under_an_index(bundle, stages, tmp_path):
     manifest = json.loads((out / "safetensors.json").read_text())
     listed = {file["name"] for stage in manifest["stages"] for file in stage["files"]}
     assert listed == {path.name for path in out.iterdir()} - {"safetensors.json"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_no_finite_number_once_rounded_is_refused(stages, tmp_path, dtype):
+    """The largest float32 is beyond bfloat16's."""
+    largest = np.finfo(np.float32).max
+    leaves, treedef = jax.tree.flatten(stages[0].params)
+    leaves[-1] = np.full_like(leaves[-1], largest)
+    broken = stages[0]._replace(params=jax.tree.unflatten(treedef, leaves))
+    if dtype == "float32":
+        write_stage(tmp_path, 0, broken, dtype=dtype)
+        return
+    with pytest.raises(UserError, match="infinite"):
+        write_stage(tmp_path, 0, broken, dtype=dtype)
+
+
+def test_a_stage_is_written_in_pieces(stages, tmp_path, monkeypatch):
+    """No whole tensor is asked for, nor all of a file put together in memory."""
+    asked = []
+
+    class Watched:
+        def __init__(self, array):
+            self.array, self.shape = array, array.shape
+
+        def __getitem__(self, part):
+            asked.append(self.array[part].nbytes)
+            return self.array[part]
+
+    monkeypatch.setattr("cascade.interop.folders.PIECE_BYTES", 1000)
+    watched = stages[0]._replace(params=jax.tree.map(Watched, stages[0].params))
+    write_stage(tmp_path, 0, watched)
+    row = max(leaf[:1].nbytes for _, leaf in named(stages[0].params) if leaf.ndim)
+    assert max(asked) <= max(1000, row)
+    _, tensors = read(tmp_path / "stage0.safetensors")
+    for name, leaf in named(stages[0].params):
+        np.testing.assert_array_equal(tensors[name], leaf)
 
 
 def test_what_is_refused_leaves_nothing(bundle, tmp_path):
