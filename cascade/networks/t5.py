@@ -184,6 +184,8 @@ _FIELDS = {
     "relative_attention_max_distance": "max_distance",
     "layer_norm_epsilon": "norm_eps",
 }
+# What takes time or memory in its own right, before any weight is looked at: XXL has 24, 64 and 32.
+_MOST = {"layers": 1000, "heads": 1000, "buckets": 1000}
 _ADDED_LATER = {"relative_attention_max_distance": 128}  # what files mean that are older than it
 # Fields that must have one value, where a file has them.
 _BUILT = {
@@ -236,10 +238,11 @@ def from_published(description: Mapping[str, Any], dtype: str, unroll: bool) -> 
     for key, field in _FIELDS.items():
         value = description[key]
         kind = float if field == "norm_eps" else int
-        if type(value) is not kind or not 0 < value < 2**31:
+        most = _MOST.get(field, 2**31 - 1)
+        if type(value) is not kind or not 0 < value <= most:
             raise UserError(
-                f"The text encoder's {key} is {str(value)[:40]!r}; a positive {kind.__name__} is"
-                " needed, so give a T5's own config.json."
+                f"The text encoder's {key} is {str(value)[:40]!r}; a positive {kind.__name__}, at"
+                f" most {most}, is needed, so give a T5's own config.json."
             )
     if description["relative_attention_num_buckets"] % 4:
         raise UserError(
