@@ -75,6 +75,11 @@ def main():
     for chatty in ("absl", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     logging.getLogger("jax").setLevel(logging.WARNING)  # it names every backend it doesn't find
+    # libtpu looks for a TPU wherever it's installed, and complains of what it can't find
+    # out: where there is none, what it asks for is made up, and nothing comes of it.
+    if not any(any(pathlib.Path("/dev").glob(nodes)) for nodes in ("accel*", "vfio/[0-9]*")):
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 for module in (training, data, drawing, exchange, plan):

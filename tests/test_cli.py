@@ -66,6 +66,17 @@ def test_help_imports_no_jax():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_without_a_tpu_nobody_complains_of_it():
+    pytest.importorskip("libtpu")
+    code = "from cascade.cli import main; main(['data', '--help']); import jax; jax.devices()"
+    names = ("JAX_PLATFORMS", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True,
+        env={key: value for key, value in os.environ.items() if key not in names},
+    )  # fmt: skip
+    assert "TPU" not in done.stderr and "Trace" not in done.stderr, done.stderr
+
+
 def test_sample_writes_pictures_with_their_settings(bundle, tmp_path):
     result = run("sample", "--bundle", bundle, "--prompt", "a red apple", "--num", 2,
                  "--steps", "2,1", "--seed", 5, "--out", tmp_path / "out")  # fmt: skip
