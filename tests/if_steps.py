@@ -1,10 +1,9 @@
 """Our samplers' steps around a stand-in for a network, to compare with diffusers' schedulers."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import io_callback
 
 from cascade.diffusion import guidance, samplers
 from cascade.diffusion.schedules import SCHEDULES
@@ -34,21 +33,26 @@ def network(z_t, logsnr, learned: bool) -> np.ndarray:
 
 
 def our_steps(read: dict, learned: bool, sampler, logsnrs, z_1, keys) -> list[np.ndarray]:
-    """z after each step, the last of which lands on x_hat, as `samplers.sample` has it."""
+    """z after each step of `samplers.sample`, the last of which lands on x_hat.
+
+    The network notes what it is given: noise, then z after each step but the last.
+    """
+    given = []
+
+    def noted(z_t, logsnr):
+        given.append(np.asarray(z_t))
+        return network(z_t, logsnr, learned)
 
     def predict(z_t, logsnr, cond):
-        return jnp.asarray(network(z_t, logsnr, learned))
+        channels = z_t.shape[-1] * (2 if learned else 1)
+        output = jax.ShapeDtypeStruct((*z_t.shape[:-1], channels), jnp.float32)
+        return io_callback(noted, output, z_t, logsnr, ordered=True)
 
     conditional = guidance.denoiser(predict, read["output"])
     threshold = build("threshold", guidance.THRESHOLDS, read["sampling"]["threshold"])
     denoise = guidance.thresholded(lambda z, at: conditional(z, at, {}), threshold)
-    z_t, carry, steps = z_1, sampler.init(z_1), []
-    for i, (logsnr_t, logsnr_s) in enumerate(itertools.pairwise(logsnrs[:-1])):
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        z_t, carry = sampler.step(denoise, z_t, carry, logsnr_t, logsnr_s, step_keys)
-        steps.append(z_t)
-    steps.append(denoise(z_t, jnp.full(2, logsnrs[-2])).x)
-    return [np.asarray(step) for step in steps]
+    x = np.asarray(samplers.sample(sampler, denoise, z_1, jnp.asarray(logsnrs), keys))
+    return [*given[1:], x]
 
 
 def ddpm_steps(read: dict, learned: bool, steps: int) -> list[np.ndarray]:
