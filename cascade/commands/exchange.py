@@ -25,11 +25,13 @@ def import_():
     default="float32",
     show_default=True,
     type=click.Choice(["float32", "bfloat16"]),
-    help="How weights are stored.",
+    help="How weights are stored, and what the networks and T5 compute in.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 def deepfloyd(sources, out, dtype, overwrite):
-    """Import DeepFloyd IF from diffusers folders: stage I, or I and II, or all three.
+    """Import DeepFloyd IF from diffusers' folders.
+
+    Stage I alone, or I and II, or all three.
 
     Example: cascade import deepfloyd --source IF-I-M-v1.0 --source IF-II-M-v1.0 --out if-bundle
     """

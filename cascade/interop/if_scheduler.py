@@ -67,8 +67,11 @@ def read(where: str, description: Mapping[str, Any], learned_variance: bool) -> 
 def read_noising(where: str, description: Mapping[str, Any]) -> dict[str, Any]:
     """The schedule section of an image_noising_scheduler.
 
-    It adds noise and never samples, so that of its options the betas alone have an effect; the
-    others may have any value.
+    It adds noise and never samples, so that options of sampling may have any value. Those that
+    make the noise are mapped or must be as built, as a scheduler's.
+
+    Raises:
+      UserError: naming an option that isn't built here.
     """
     return _schedule(Description(where, description, stated=(), mapped=MAPPED, built=BUILT))
 
@@ -91,8 +94,9 @@ def _threshold(d: Description) -> dict[str, Any]:
 def write(stage: Mapping[str, Any]) -> dict[str, Any]:
     """The scheduler_config.json of a stage, or of the nearest that diffusers can express."""
     sampling = stage["sampling"]
-    variances = {gamma: name for name, gamma in FIXED.items()}
-    fixed = variances.get(sampling["sampler"].get("gamma"), "fixed_small")
+    sampler = sampling["sampler"]
+    large = sampler["name"] == "ancestral" and sampler["gamma"] == FIXED["fixed_large"]
+    fixed = "fixed_large" if large else "fixed_small"
     outputs = {ours: theirs for theirs, ours in OUTPUTS.items()}
     spacing, threshold = sampling["spacing"]["name"], sampling["threshold"]
     dynamic = threshold["name"] == "dynamic"
@@ -117,5 +121,5 @@ def _written_schedule(section: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "_class_name": "DDPMScheduler",
         **BUILT,
-        "beta_schedule": section.get("betas", "linear"),
+        "beta_schedule": section["betas"] if section["name"] == "discrete" else "linear",
     }

@@ -139,7 +139,8 @@ class NoiseEmbedding(nn.Module):
 
     Else `scale` names the betas of a thousand-step DDPM schedule, and the angles are `i · 10000^-u`
     with i the timestep, 0 … 999, of that logsnr and u from 0 to 1 (Vaswani et al. 2017; Ho et al.
-    2020). Between timesteps i is interpolated.
+    2020). Between timesteps i is interpolated; a logsnr beyond the schedule's counts as its end, so
+    that a stage whose own schedule goes further doesn't tell such levels apart.
     """
 
     scale: str
