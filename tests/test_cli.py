@@ -56,6 +56,12 @@ def test_every_command_has_help_and_leaves_have_an_example(command):
     assert command in ("", "data", "import") or "Example: cascade" in result.output
 
 
+@pytest.mark.parametrize("group", ["", "data", "import"])
+def test_what_commands_do_is_said_whole_in_80_columns(group):
+    said = CliRunner().invoke(main, [*group.split(), "--help"], terminal_width=80).stdout
+    assert "..." not in said.partition("Commands:")[2]
+
+
 def test_help_imports_no_jax():
     code = (
         "import sys; from cascade.cli import main\n"

@@ -19,7 +19,9 @@ def data():
 @click.option("--scenes", type=int, help="Number of composed scenes. [default: variant's]")
 @click.option("--seed", default=0, show_default=True)
 def build(dataset, out, variant, resolution, scenes, seed):
-    """Draw the emoji data set into ArrayRecord files; a finished one is reused.
+    """Draw the emoji data set into ArrayRecord files.
+
+    A finished one is reused.
 
     Example: cascade data build emoji --out data/emoji
     """
@@ -33,9 +35,9 @@ def build(dataset, out, variant, resolution, scenes, seed):
 @click.option("--out", required=True, help="Folder of the shards; an unfinished one is resumed.")
 @click.pass_context
 def prepare(ctx, spec, out):
-    """Decode, filter and resize a source once, into shards, on Apache Beam.
+    """Decode, filter and resize a source once, into shards.
 
-    Takes overrides as train does; other flags go to Beam.
+    It runs on Apache Beam. Takes overrides as train does; other flags go to Beam.
 
     Example: cascade data prepare --config configs/prepare.py:webdataset --out data/web
     --config.picture.side=256 --direct_num_workers=8 --direct_running_mode=multi_processing

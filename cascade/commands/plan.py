@@ -32,9 +32,10 @@ from cascade.errors import UserError
 )
 @click.pass_context
 def plan(ctx, spec, topology, slices, batch, mesh, sample, search, tries, utilisation, host_memory):
-    """Compile a stage's step for devices that needn't be here, and say what it would take.
+    """Compile a stage's step for devices that needn't be here.
 
-    Memory, what chips send each other, lower bounds on time, speed and days. All are estimates.
+    Prints what it would take: memory, what chips send each other, lower bounds on time, speed and
+    days. All are estimates.
     Takes overrides as train does. docs/plan.md says what each number means.
 
     Example: cascade plan --config configs/imagen/base64_2b.py --topology v5p-512

@@ -14,9 +14,9 @@ from cascade.commands import CONFIG_COMMAND
     help="Training is scaled to take about this long on two CPU cores.",
 )
 def demo(workdir, minutes):
-    """Build a small emoji data set, train a two-stage cascade on it, draw, and write a report.
+    """Build emoji data, train a two-stage cascade, draw, and report.
 
-    A second run resumes what was interrupted and reuses what is done.
+    The data is small. A second run resumes what was interrupted and reuses what is done.
 
     Example: cascade demo --minutes 30
     """
@@ -47,11 +47,12 @@ def train(ctx, spec, workdir):
 @click.option("--config", "spec", required=True, help="path/to/config.py[:arg].")
 @click.pass_context
 def describe(ctx, spec):
-    """Print a stage's parameters and FLOPs, level by level. Takes overrides as train does.
+    """Print a stage's parameters and FLOPs, level by level.
 
-    Of a cascade's config, it prints every stage's and what they sum to.
+    Of a cascade's config, it prints every stage's and what they sum to. Takes overrides as train
+    does; a cascade's begin with the stage: --config.sr256.stage.network.channels=64.
 
-    Example: cascade describe --config configs/imagen/cascade.py
+    Example: cascade describe --config configs/emoji/base64.py --config.stage.network.channels=64
     """
     from cascade import config
     from cascade.describe import describe as tables
@@ -77,7 +78,9 @@ def describe(ctx, spec):
 )
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 def bundle(stages, more, out, dtype, without_text_weights, overwrite):
-    """Put trained stages (their EMA weights) together into one folder to share and to draw with.
+    """Put trained stages into one folder, to share and to draw with.
+
+    Of each stage, its EMA weights. One --stages is enough: the runs after it are later stages.
 
     Example: cascade bundle --stages runs/base runs/sr256 --out my-bundle
     """
