@@ -4,7 +4,6 @@ import shlex
 import time
 from typing import NamedTuple
 
-import jax
 from tqdm import tqdm
 
 from cascade import registry
@@ -91,8 +90,7 @@ def embed(
             captions_of(source), "Reading captions", unit="caption", disable=not progress
         )
         captions.update(dict.fromkeys(reading))
-    if jax.process_index() == 0:
-        cache.verify(progress=progress)
+    cache.verify(mesh, progress=progress)
     added = cache.ensure(captions, mesh, progress=progress)
     seconds = time.perf_counter() - began
     return Embedded(folder, dtype, len(cache), cache.tokens, cache.bytes, added, seconds)

@@ -7,10 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from one_level import flags
 from safetensors.numpy import load_file
 
 from cascade import config
+from cascade.cli import main
 from cascade.data.loader import make_source
 from cascade.data.sources import captions_of
 from cascade.embed import embed
@@ -99,6 +101,13 @@ def test_another_encoder_s_cache_is_refused(tmp_path):
     theirs.rename(ours.parent / theirs.name)
     with pytest.raises(UserError, match=r"max_length 24 .*, not by minilm with max_length 48"):
         embed(smoke(), str(tmp_path / "ours"), progress=False)
+
+
+def test_the_folder_is_the_configs_unless_another_is_given(tmp_path):
+    settings = flags(text_cache__folder=tmp_path / "cache", text_cache__dtype="bfloat16")
+    result = CliRunner().invoke(main, ["embed", "--config", SMOKE, *settings])
+    assert result.exit_code == 0 and f"{CAPTIONS} captions" in result.output
+    assert len(segments(tmp_path / "cache")) == 1
 
 
 def test_no_folder_at_all():

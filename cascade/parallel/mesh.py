@@ -1,6 +1,7 @@
 """The device mesh: three named axes that a config gives sizes to."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -95,3 +96,26 @@ def whole_on_host(array: jax.Array) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
+
+
+def on_first_process(action: Callable[[], None], mesh: Mesh | None):
+    """Runs on process 0 what is for one process to do, and returns on all once it is done.
+
+    Args:
+      action: writes a file that all share, say.
+      mesh: all of its processes call this together; None is this process alone.
+
+    Raises:
+      UserError: it failed on process 0, which raises its own error.
+    """
+    alone = mesh is None or jax.process_count() == 1
+    failure = None
+    if alone or jax.process_index() == 0:
+        try:
+            action()
+        except Exception as error:  # whatever it is, the others mustn't wait for ever
+            failure = error
+    if not alone and multihost_utils.broadcast_one_to_all(np.array(failure is not None)):
+        failure = failure or UserError("Process 0 failed; its own message says how to go on.")
+    if failure is not None:
+        raise failure

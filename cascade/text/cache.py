@@ -14,6 +14,7 @@ import copy
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from cascade.errors import UserError
+from cascade.parallel.mesh import on_first_process
 from cascade.text import segment as segments
 from cascade.text.interface import TextEncoder, checked_text, shortened
 from cascade.text.segment import DTYPES, Segment
@@ -141,9 +143,7 @@ class EmbeddingCache:
         together = max(1, min(SEGMENT, SEGMENT_BYTES // (worker.max_length * state_bytes)))
         truncated, squares = 0, np.zeros(2)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path, seen in self._damaged:
-                segments.remove(path, seen)
+            on_first_process(self._make_room, mesh)
             with tqdm(
                 total=len(missing), desc="Embedding captions", unit="caption", disable=not progress
             ) as bar:
@@ -156,8 +156,6 @@ class EmbeddingCache:
                 f"Cannot write the embedding cache {str(self.folder)!r} ({error}); make room or"
                 " choose another folder."
             ) from error
-        if mesh is not None:
-            multihost_utils.sync_global_devices("captions embedded")
         if truncated:
             log.warning(
                 "%d of %d captions are longer than the %d tokens that %s reads; their ends are"
@@ -176,8 +174,22 @@ class EmbeddingCache:
             )
         return Added(len(missing), truncated, math.sqrt(squares[0] / max(squares[1], TINY)))
 
-    def verify(self, *, progress: bool = True):
-        """Reads every caption's states, and removes the segments where one is damaged."""
+    def verify(self, mesh: Mesh | None = None, *, progress: bool = True):
+        """Reads every caption's states, and removes the segments where one is damaged.
+
+        Args:
+          mesh: all of its processes call this together, and the first one reads.
+        """
+        on_first_process(partial(self._remove_damaged, progress), mesh)
+        self._open()
+
+    def _make_room(self):
+        """Makes the folder, and removes from it what was found damaged."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path, seen in self._damaged:
+            segments.remove(path, seen)
+
+    def _remove_damaged(self, progress: bool):
         bar = tqdm(
             self._segments, "Verifying the embedding cache", unit="segment", disable=not progress
         )
@@ -187,7 +199,6 @@ class EmbeddingCache:
             except (SafetensorError, ValueError) as error:
                 log.warning("%s is damaged (%s); it is removed.", segment.path, error)
                 self._remove(segment)
-        self._open()
 
     def _missing(self, captions: Iterable[str], mesh: Mesh | None) -> list[str]:
         """The captions that aren't there, each once; every process of a mesh gives the same."""
@@ -237,10 +248,10 @@ class EmbeddingCache:
                 for name, part in kept.items():
                     stored[name][start:stop] = part
             bar.update(len(rows))
-        if mesh is None or jax.process_index() == 0:
-            keys = np.stack([_key(caption) for caption in captions])
-            name = NAME.format(blake2b(keys.tobytes(), digest_size=16).hexdigest())
-            segments.write(self.folder / name, self._origin, keys, starts, stored)
+        keys = np.stack([_key(caption) for caption in captions])
+        path = self.folder / NAME.format(blake2b(keys.tobytes(), digest_size=16).hexdigest())
+        write = partial(segments.write, path, self._origin, keys, starts, stored)
+        on_first_process(write, mesh)
         return int(tokens.truncated.sum()), squares
 
     def _open(self):

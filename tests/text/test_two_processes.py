@@ -10,6 +10,7 @@ from tiny_t5 import write_folder
 
 SCRIPT = """
 import sys
+from functools import partial
 import jax, numpy as np
 process, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, process)
@@ -21,6 +22,7 @@ from cascade.text.encoders import minilm, t5
 from cascade.text.on_the_fly import Tokenized, encoded
 
 cache.SEGMENT = 8
+write = cache.segments.write
 CAPTIONS = [f"caption {i} " + "word " * (i % 3) for i in range(16)] + [""]
 FLOAT32 = 1e-5
 
@@ -50,6 +52,23 @@ for make in (lambda: minilm(max_length=8, weights=""), deepfloyd):
     for ours, theirs in zip(encoder.null(), (emb[-1], mask[-1]), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=FLOAT32)
 
+failing = cache.EmbeddingCache(f"{folder}/failing", make(), "float16")
+if process == 0:
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    cache.segments.write = full
+    together._remove_damaged = full
+ensuring = partial(failing.ensure, CAPTIONS, mesh, progress=False)
+for attempt in (ensuring, partial(together.verify, mesh, progress=False)):
+    try:
+        attempt()
+        print("done")
+    except (UserError, OSError) as error:
+        print("failed:", error)
+if process == 0:
+    cache.segments.write = write
+
 apart = cache.EmbeddingCache(f"{folder}/cache of {process}", make(), "float16")
 try:
     apart.ensure(CAPTIONS, mesh, progress=False)
@@ -76,8 +95,14 @@ def test_two_processes_embed_on_one_mesh(tmp_path):
         )
         for process in range(2)
     ]  # fmt: skip
-    said = [process.communicate() for process in processes]
+    try:
+        said = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for process, (_, err) in zip(processes, said, strict=True):
         assert process.returncode == 0, err
+    assert said[0][0].count("failed:") == 2 and said[0][0].count("No space left on device") == 2
+    assert said[1][0].count("failed: Process 0 failed") == 2
     assert "found" in said[0][0]
     assert "Process 1 doesn't find" in said[1][0] and "all processes share" in said[1][0]
