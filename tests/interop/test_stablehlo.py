@@ -23,6 +23,7 @@ from cascade.errors import UserError
 from cascade.interop.stablehlo import PLATFORMS, export_stablehlo
 from cascade.pipeline import Cascade
 from cascade.shards import named
+from cascade.stage import Stage
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "call_stablehlo.py"
 PROMPTS = ["a red apple", "moon"]
@@ -39,8 +40,9 @@ def manifest_of(folder: Path) -> dict:
 
 
 def program(folder: Path, stage: int, name: str) -> export.Exported:
-    entry = manifest_of(folder)["stages"][stage]["programs"][name]["jax_export"]
-    return export.deserialize(bytearray((folder / entry["name"]).read_bytes()))
+    (entry,) = (each for each in manifest_of(folder)["stages"] if each["stage"] == stage)
+    file = entry["programs"][name]["jax_export"]["name"]
+    return export.deserialize(bytearray((folder / file).read_bytes()))
 
 
 ALONE = """
@@ -81,8 +83,23 @@ def example_arguments(rows: list[dict], rng, batch: int) -> dict[str, np.ndarray
     arrays = {}
     for row in rows:
         shape = [batch if side == "b" else side for side in row["shape"]]
-        arrays[row["name"]] = rng.normal(size=shape).astype(row["dtype"])
+        if row["dtype"] == "float32":
+            arrays[row["name"]] = np.asarray(rng.normal(size=shape), np.float32)
+        else:  # masks with holes in them, and keys
+            arrays[row["name"]] = rng.integers(0, 2, shape).astype(row["dtype"])
     return arrays
+
+
+def called_with(arrays: dict[str, np.ndarray]) -> list:
+    """Arguments of a program, in order, from `example_arguments`: "cond/…" become one dict."""
+    arguments = {}
+    for name, value in arrays.items():
+        argument, _, key = name.partition("/")
+        if key:
+            arguments.setdefault(argument, {})[key] = value
+        else:
+            arguments[argument] = value
+    return list(arguments.values())
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -134,7 +151,7 @@ def test_the_manifest_lists_arguments_as_the_files_take_them(exported, stages, i
         (8, {"output": "eps", "learned_variance": True, "lowres_upsampling": "before_noise"}),
     ],
 )
-def test_what_deepfloyd_needs_lowers_for_any_batch(monkeypatch, tmp_path, lowres, changes):
+def test_what_deepfloyd_needs_is_drawn_for_any_batch(monkeypatch, tmp_path, lowres, changes):
     """Learned variance, discrete schedules, enlarging before noise; cuDNN's attention, tiles."""
     discrete = {"name": "discrete", "betas": "squaredcos_cap_v2", "train_steps": 1000}
     config = stage_config(16, lowres, schedule=discrete, aug_schedule=discrete, **changes)
@@ -142,6 +159,7 @@ def test_what_deepfloyd_needs_lowers_for_any_batch(monkeypatch, tmp_path, lowres
     config.sampling.tile, config.sampling.tile_overlap = 8, 2
     config.sampling.spacing = {"name": "trailing", "train_steps": 1000}
     network = trained(config)
+    plain = Stage(config.copy_and_resolve_references())
     network.stage.config.network.attention_implementation = "cudnn"  # as on the GPU it came from
     below = [] if lowres == 0 else [trained(stage_config(8, 0))]
     monkeypatch.setattr(
@@ -158,6 +176,19 @@ def test_what_deepfloyd_needs_lowers_for_any_batch(monkeypatch, tmp_path, lowres
     shapes = {row["name"]: row["shape"] for row in rows}
     assert shapes.get("cond/lowres", ["b", 16, 16, 3]) == ["b", 16, 16, 3]
     assert [row["name"] for row in entry["programs"]["denoise"]["results"]] == ["fraction", "x_hat"]
+    rows = entry["programs"]["sample"]["arguments"]
+    arrays = example_arguments(rows, np.random.default_rng(1), 2)
+    arrays["guidance_weight"] = np.float32(2.0)
+    if lowres:
+        arrays["aug_level"] = np.float32(0.3)
+    cond, null_cond, keys, *scalars = called_with(arrays)
+    weights = load_file(out / f"stage{last}.safetensors")
+    drawn = program(out, last, "sample").call(weights, cond, null_cond, keys, *scalars)["x"]
+    keys = jax.random.wrap_key_data(keys, impl="threefry2x32")
+    settings, size = plain.settings(), (16, 16)
+    wanted = plain.draw(network.params, cond, null_cond, keys, settings, size, *scalars)
+    np.testing.assert_allclose(drawn, wanted, atol=1e-4)
+    assert np.std(wanted) > 0.05
 
 
 def test_text_is_the_encoders(exported):
