@@ -1,111 +1,27 @@
-"""The embedding cache with a toy encoder: round trips, kills, neighbours, damage, foreigners."""
+"""The embedding cache with a toy encoder: round trips, kills, neighbours."""
 
-import contextlib
 import multiprocessing
 import os
 import pickle
 import signal
-from hashlib import sha256
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from toy_cache import CAPTIONS, Toy, assert_holds, opened, segments
 
 import cascade.text.cache as cache_module
 from cascade.errors import UserError
 from cascade.parallel.mesh import make_mesh
-from cascade.text.cache import EmbeddingCache
 from cascade.text.encoders import minilm
-from cascade.text.interface import TextEncoder, Tokens
 from cascade.text.segment import DTYPES, restored, rounded
 
 FLOAT16 = 2**-11  # what a cache rounds by
 FLOAT32 = 1e-5  # of sums in another order
-CAPTIONS = [f"caption {i} " + "word " * (i % 5) for i in range(30)]
-
-
-class Toy(TextEncoder):
-    """One token a word, whose states are drawn from a generator seeded by the word.
-
-    It and its copies count the prompts that they tokenize, and kill their own process at the
-    `dies_at`-th.
-    """
-
-    def __init__(self, max_length=6, dies_at=None, scale=1.0, keep_padding=False):
-        self.name, self.width, self.max_length = "toy", 3, max_length
-        self.dies_at, self.scale, self.keep_padding = dies_at, scale, keep_padding
-        self.batches = []
-
-    @property
-    def tokenized(self):
-        return sum(self.batches)
-
-    @property
-    def fingerprint(self):
-        return sha256(f"toy {self.max_length}".encode()).hexdigest()
-
-    def text_mask(self, mask):
-        return mask | self.keep_padding
-
-    def tokenize(self, prompts):
-        self.batches.append(len(prompts))
-        if self.dies_at is not None and self.tokenized >= self.dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        shape = (len(prompts), self.max_length)
-        tokens = Tokens(np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape[0], bool))
-        for i, prompt in enumerate(prompts):
-            words = prompt.split()
-            tokens.truncated[i] = len(words) > self.max_length
-            for j, word in enumerate(words[: self.max_length]):
-                tokens.ids[i, j] = int.from_bytes(sha256(word.encode()).digest()[:3])
-                tokens.mask[i, j] = True
-        return tokens
-
-    def embed(self, ids, mask):
-        drawn = [[np.random.default_rng(i).normal(size=self.width) for i in row] for row in ids]
-        return np.where(self.text_mask(mask)[..., None], np.float32(drawn) * self.scale, 0)
-
-    def save_tokenizer(self, folder):
-        raise AssertionError("the cache has no business with the tokenizer's files")
-
-    def null(self):
-        return np.zeros((self.max_length, self.width), np.float32), np.zeros(self.max_length, bool)
-
-
-@pytest.fixture(autouse=True)
-def small_segments(monkeypatch):
-    monkeypatch.setattr(cache_module, "SEGMENT", 8)
-
-
-def opened(folder, encoder=None, dtype="float16"):
-    return EmbeddingCache(folder, encoder or Toy(), dtype)
-
-
-def segments(folder, encoder=None, dtype="float16"):
-    """The files of an encoder's cache; the usual Toy's by default."""
-    own = f"{(encoder or Toy()).fingerprint[:16]}-{dtype}"
-    return sorted((folder / own).glob("captions-*.safetensors"))
-
-
-def as_stored(states, dtype):
-    """What a dtype makes of states [..., D], written again from its definition."""
-    if dtype != "int8":
-        return np.float32(states.astype(jnp.dtype(dtype)))
-    scales = np.abs(states).max(axis=-1, keepdims=True) / np.float32(127)
-    return np.float32(np.rint(states / np.where(scales, scales, 1))) * scales
-
-
-def assert_holds(cache, captions, encoder, dtype="float16"):
-    emb, mask = encoder.encode(captions)
-    found = cache.lookup(captions)
-    np.testing.assert_array_equal(found["text_emb"], as_stored(emb, dtype))
-    np.testing.assert_array_equal(found["text_mask"], mask)
-    assert found["text_emb"].dtype == np.float32 and found["text_mask"].dtype == bool
+pytestmark = pytest.mark.usefixtures("small_segments")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -287,101 +203,6 @@ def test_segments_of_another_encoder_are_refused(tmp_path):
         opened(tmp_path, ours)
 
 
-@pytest.mark.parametrize("left", [0, 5, 100, -1])
-def test_a_truncated_segment_is_noticed_and_made_again(tmp_path, caplog, left):
-    opened(tmp_path).ensure(CAPTIONS)
-    victim = segments(tmp_path)[0]
-    victim.write_bytes(victim.read_bytes()[:left])
-    encoder = Toy()
-    cache = opened(tmp_path, encoder)
-    assert f"{victim} is damaged" in caplog.text
-    lost = [caption for caption in CAPTIONS if caption not in cache]
-    assert len(lost) in (6, 8)
-    cache.ensure(CAPTIONS)
-    assert encoder.tokenized == len(lost)
-    assert_holds(opened(tmp_path), CAPTIONS, Toy())
-
-
-@given(st.data())
-@settings(max_examples=100)
-def test_a_flipped_bit_is_never_handed_on(tmp_path_factory, data):
-    folder, dtype = tmp_path_factory.mktemp("cache"), data.draw(st.sampled_from(list(DTYPES)))
-    opened(folder, dtype=dtype).ensure(CAPTIONS[:8])
-    (victim,) = segments(folder, dtype=dtype)
-    contents = bytearray(victim.read_bytes())
-    contents[data.draw(st.integers(0, len(contents) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    victim.write_bytes(contents)
-
-    cache = opened(folder, dtype=dtype)
-    for caption in CAPTIONS[:8]:  # notices, or isn't concerned
-        if caption in cache:
-            with contextlib.suppress(UserError):
-                assert_holds(cache, [caption], Toy(), dtype)
-    cache.verify(progress=False)
-    cache.ensure(CAPTIONS[:8])
-    assert_holds(opened(folder, dtype=dtype), CAPTIONS[:8], Toy(), dtype)
-
-
-def with_a_flipped_state(folder, caption):
-    """A filled cache, and its segment in which a state of the caption differs in one bit."""
-    opened(folder).ensure(CAPTIONS)
-    (state,) = np.float16(Toy().encode([caption])[0][0, 1:2])
-    for victim in segments(folder):
-        contents = victim.read_bytes()
-        at = contents.find(state.tobytes())
-        if at >= 0:
-            flipped = bytearray(contents)
-            flipped[at] ^= 1
-            victim.write_bytes(flipped)
-            return victim
-    raise AssertionError("no segment holds the caption")
-
-
-def test_damaged_states_are_noticed_when_they_are_used_and_made_again(tmp_path):
-    victim = with_a_flipped_state(tmp_path, CAPTIONS[17])
-    cache = opened(tmp_path)
-    assert_holds(cache, CAPTIONS[:8], Toy())
-    with pytest.raises(UserError, match=r"damaged.*start again") as caught:
-        cache.lookup([CAPTIONS[17]])
-    assert str(victim) in str(caught.value) and not victim.exists()
-    encoder = Toy()
-    opened(tmp_path, encoder).ensure(CAPTIONS)
-    assert encoder.tokenized == 8
-    assert_holds(opened(tmp_path), CAPTIONS, Toy())
-
-
-def test_verifying_finds_damage_that_nobody_used(tmp_path, caplog):
-    victim = with_a_flipped_state(tmp_path, CAPTIONS[17])
-    cache = opened(tmp_path)
-    assert len(cache) == 30
-    cache.verify(progress=False)
-    assert f"{victim} is damaged" in caplog.text and len(cache) == 22
-    cache.ensure(CAPTIONS)
-    assert_holds(cache, CAPTIONS, Toy())
-
-
-@pytest.mark.parametrize("where", ["index", "states"])
-def test_a_segment_that_another_builder_mended_stays(tmp_path, monkeypatch, where):
-    """Two see the damage, and the second acts on it once the first has made the segment again."""
-    opened(tmp_path).ensure(CAPTIONS[:8])
-    (victim,) = segments(tmp_path)
-    whole = victim.read_bytes()
-    victim.write_bytes(whole[:100] if where == "index" else whole[:-1] + bytes([whole[-1] ^ 1]))
-    first, second = opened(tmp_path), opened(tmp_path)
-
-    def mend(*_):
-        first.verify(progress=False)
-        first.ensure(CAPTIONS[:8])
-
-    if where == "states":
-        mend()
-        second.verify(progress=False)
-    else:
-        monkeypatch.setattr(second, "_tell_siblings", mend)  # after it looked, before it removes
-    second.ensure(CAPTIONS[8:16])
-    assert_holds(opened(tmp_path), CAPTIONS[:16], Toy())
-
-
 def test_the_same_captions_in_another_dtype_are_pointed_at(tmp_path, caplog):
     opened(tmp_path, dtype="int8").ensure(CAPTIONS)
     assert not caplog.text
@@ -394,24 +215,6 @@ def test_a_cache_of_an_earlier_version_is_pointed_at(tmp_path, caplog):
     (tmp_path / Toy().fingerprint[:16]).mkdir()
     opened(tmp_path).ensure(CAPTIONS)
     assert "is of an earlier version and isn't read; delete it" in caplog.text
-
-
-@pytest.mark.parametrize("change", ["states", "keys", "header", "checks"])
-def test_a_segment_whose_parts_disagree_is_made_again(tmp_path, caplog, change):
-    opened(tmp_path).ensure(CAPTIONS[:8])
-    (victim,) = segments(tmp_path)
-    with safe_open(victim, "np") as file:
-        header = file.metadata()
-    tensors = load_file(victim)
-    if change == "header":
-        header = None
-    else:
-        tensors[change] = tensors[change][1:].copy()
-    save_file(tensors, victim, header)
-    cache = opened(tmp_path)
-    assert len(cache) == 0 and "is damaged" in caplog.text
-    cache.ensure(CAPTIONS[:8])
-    assert_holds(cache, CAPTIONS[:8], Toy())
 
 
 def test_captions_stored_twice_are_counted_once(tmp_path):
