@@ -1,6 +1,7 @@
 """Captions encoded as they are needed: the loader hands on tokens, the mesh makes states of them.
 
-    captions ─► Tokenized ─► text_ids, text_mask [B, L] ─► put on the mesh ─► encoded ─► text_emb
+    captions ─► Tokenized ─► text_ids, token_mask [B, L] ─► put on the mesh
+             ─► encoded ─► text_emb [B, L, D], text_mask [B, L]
 
 Every batch has the same shapes, so the encoder compiles once; nothing waits for the host, so the
 next batch is encoded while the last step runs out.
@@ -24,7 +25,7 @@ class Tokenized:
         self._encoder, self._told = encoder, False
 
     def __call__(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """The captions' text_ids [B, L] int32 and text_mask [B, L] bool.
+        """The captions' text_ids [B, L] int32 and token_mask [B, L] bool, True at tokens.
 
         The first caption that is cut is named in a warning.
 
@@ -41,11 +42,11 @@ class Tokenized:
                 self._encoder.max_length,
                 self._encoder.name,
             )
-        return {"text_ids": tokens.ids, "text_mask": tokens.mask}
+        return {"text_ids": tokens.ids, "token_mask": tokens.mask}
 
 
 def encoded(encoder: TextEncoder, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A batch of global arrays with text_emb [B, L, D] in place of text_ids, if it has those.
+    """A batch of global arrays with a text's condition in place of its tokens, if it has those.
 
     Args:
       encoder: placed on the batch's mesh.
@@ -53,7 +54,7 @@ def encoded(encoder: TextEncoder, batch: dict[str, jax.Array]) -> dict[str, jax.
     """
     if "text_ids" not in batch:
         return batch
-    rest = {name: array for name, array in batch.items() if name != "text_ids"}
-    emb = encoder.embed(batch["text_ids"], batch["text_mask"])
-    emb = jax.device_put(emb, batch["text_ids"].sharding)  # a split encoder may leave D split
-    return {**rest, "text_emb": emb, "text_mask": encoder.text_mask(batch["text_mask"])}
+    rest = dict(batch)
+    ids, mask = rest.pop("text_ids"), rest.pop("token_mask")
+    emb = jax.device_put(encoder.embed(ids, mask), ids.sharding)  # a split one may leave D split
+    return {**rest, "text_emb": emb, "text_mask": encoder.text_mask(mask)}

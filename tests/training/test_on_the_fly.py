@@ -71,6 +71,7 @@ def test_batches_are_encoded_where_they_lie_by_one_program(name, tmp_path):
     emb, mask = reference.encode(CAPTIONS)
     for shift in range(3):
         batch = put_batch(Tokenized(encoder)(np.roll(CAPTIONS, shift).tolist()), mesh)
+        assert batch.keys() == {"text_ids", "token_mask"}
         with jax.transfer_guard("disallow" if shift else "allow"):  # the first may load weights
             texts = encoded(encoder, batch)
         assert texts.keys() == {"text_emb", "text_mask"}
