@@ -94,12 +94,11 @@ def import_deepfloyd(
             dtype=dtype,
         )
         sections.append(section)
-    for folder in folders:
-        log.warning(
-            "Of %s, the safety checker and the watermarker (where it has them) aren't imported: "
-            "pictures are drawn unchecked and unmarked.",
-            folder,
-        )
+    log.warning(
+        "Of %s, the safety checker and the watermarker (where there are any) aren't imported: "
+        "pictures are drawn unchecked and unmarked.",
+        ", ".join(map(str, folders)),
+    )
     with tqdm(unit="tensor", desc="importing") as bar:
         stages = [
             _stage(folder / "unet", section, bar)

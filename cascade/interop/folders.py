@@ -4,8 +4,9 @@
     config.json  model.safetensors.index.json  model-00001-of-00002.safetensors  …
 
 and the same with `diffusion_pytorch_model` for `model`. Files are mapped, not read: a tensor, or a
-slice of one, takes memory when it is asked for. Nothing is unpickled, and nothing outside the
-folder is opened, whatever an index or a link in it says.
+slice of one, takes memory when it is asked for. Nothing is unpickled, and no file outside the
+folder is opened, whatever an index or a link in it says. The folder may itself be a link, also one
+that is part of a pipeline's (unet/, text_encoder/, …): files must then be where it leads.
 """
 
 import json
@@ -35,7 +36,7 @@ WEIGHT_FILES = tuple(
     )
 )
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
-SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{,199}\.safetensors")
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 HUB_TOP = ("config.json", "spiece.model", "model*.json", "model*.safetensors")
 HUB_FILES = ("/*.json", "/*.safetensors", "/spiece.model")  # of a folder

@@ -189,6 +189,7 @@ def test_an_index_that_is_none(tmp_path, text):
         "..",
         ".hidden.safetensors",
         "secret.bin",
+        "a" * 5000 + ".safetensors",
         "a\0.safetensors",
         "a\n.safetensors",
         "",
