@@ -290,8 +290,9 @@ def test_bad_export_options(bundle, tmp_path, options, said):
 
 @pytest.mark.parametrize("target", ["diffusers", "safetensors", "stablehlo"])
 def test_exporting_what_is_no_bundle(target, tmp_path):
-    out = tmp_path / "out"
-    said = sentence("export", "--to", target, "--bundle", tmp_path, "--out", out)
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    folder.mkdir()
+    said = sentence("export", "--to", target, "--bundle", folder, "--out", out)
     assert "isn't a bundle" in said and not out.exists()
 
 
