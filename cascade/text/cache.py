@@ -79,6 +79,7 @@ class EmbeddingCache:
             "fingerprint": encoder.fingerprint,
             "dtype": dtype,
         }
+        self._damaged = []
         self._open()
 
     def __len__(self) -> int:
@@ -256,7 +257,7 @@ class EmbeddingCache:
 
     def _open(self):
         """Maps every segment and sorts their keys; damaged segments are remembered, not read."""
-        self._segments, self._damaged = [], []
+        told, self._segments, self._damaged = self._damaged, [], []
         keys, places = [np.zeros((0, 2), np.uint64)], [np.zeros((0, 2), np.int64)]
         for path in sorted(self.folder.glob(NAME.format("[0-9a-f]" * 32))):
             try:
@@ -265,7 +266,8 @@ class EmbeddingCache:
             except FileNotFoundError:
                 continue  # another process found it damaged, and will make it again
             except (SafetensorError, ValueError) as error:
-                log.warning("%s is damaged (%s); its captions must be embedded again.", path, error)
+                if (path, seen) not in told:
+                    log.warning("%s is damaged (%s); embed its captions again.", path, error)
                 self._damaged.append((path, seen))
                 continue
             except OSError as error:

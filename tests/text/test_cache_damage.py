@@ -26,8 +26,10 @@ def test_a_truncated_segment_is_noticed_and_made_again(tmp_path, caplog, left):
     assert f"{victim} is damaged" in caplog.text
     lost = [caption for caption in CAPTIONS if caption not in cache]
     assert len(lost) in (6, 8)
+    cache.verify()
     cache.ensure(CAPTIONS)
     assert encoder.tokenized == len(lost)
+    assert caplog.text.count("is damaged") == 1
     assert_holds(opened(tmp_path), CAPTIONS, Toy())
 
 
