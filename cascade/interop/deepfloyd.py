@@ -22,7 +22,8 @@ from cascade.errors import UserError
 from cascade.files import check_place
 from cascade.interop import if_scheduler, if_unet
 from cascade.interop.description import excerpt
-from cascade.interop.folders import open_weights, read_json, resolve
+from cascade.interop.folders import open_weights, read_json
+from cascade.interop.hub import resolve
 from cascade.interop.if_weights import read_params
 from cascade.registry import build
 from cascade.stage import Stage
@@ -241,11 +242,12 @@ def _text(folders: Sequence[Path], indices: Sequence[Mapping], dtype: str):
     """
     section = {**TEXT, "weights": str(folders[0]), "dtype": dtype}
     for name in ("text_encoder", "tokenizer"):
-        if not _has(indices[0], name):
+        if not (_has(indices[0], name) and (folders[0] / name).is_dir()):
             raise UserError(
                 f"{str(folders[0])!r} has no {name}; give stage I's pipeline with its T5."
             )
     encoder = build("text encoder", ENCODERS, section)
+    encoder.tokenize([""])  # a vocabulary that can't be read is found now, not when drawing
     for folder, index in zip(folders[1:], indices[1:], strict=True):
         if not _has(index, "text_encoder"):
             continue

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,6 @@ WEIGHT_FILES = tuple(
 )
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{,199}\.safetensors")
-HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
-HUB_TOP = ("config.json", "spiece.model", "model*.json", "model*.safetensors")
-HUB_FILES = ("/*.json", "/*.safetensors", "/spiece.model")  # of a folder
-HUB_VARIANTS = ["*.fp16*", "*non_ema*"]  # the same weights again
-PIPELINE = ("unet", "scheduler", "image_noising_scheduler", "text_encoder", "tokenizer")
 PIECE_BYTES = 16_000_000  # what copying takes of the host's memory
 SHARD_BYTES = 4_000_000_000  # usual for models of many gigabytes
 DESCRIPTION_BYTES = 16_000_000  # an index of a huge model takes a few megabytes
@@ -149,10 +144,11 @@ def open_weights(folder: str | Path) -> Weights:
         return Weights(folder, dict.fromkeys(_mapped(path).keys(), path))
     if not folder.is_dir():
         raise UserError(f"There is no folder {str(folder)!r}; give one that holds a model.")
-    raise _without_weights(str(folder), [path.name for path in folder.iterdir()])
+    raise without_weights(str(folder), [path.name for path in folder.iterdir()])
 
 
-def _without_weights(where: str, files: Iterable[str]) -> UserError:
+def without_weights(where: str, files: Iterable[str]) -> UserError:
+    """What to say of a place whose files hold no safetensors: pickles only, or no weights."""
     pickles = sorted(name for name in files if name.endswith(PICKLES))
     found = f"only pickles ({pickles[0]}), which can run code" if pickles else "no weights"
     return UserError(
@@ -232,50 +228,6 @@ def _mapped(path: Path):
         raise UserError(
             f"{str(path)!r} is damaged or isn't a safetensors file ({error}); get it again."
         ) from error
-
-
-def resolve(source: str | Path, parts: Sequence[str] = PIPELINE) -> Path:
-    """The folder that a source names, fetched if it is a hub id.
-
-    Args:
-      source: a folder, or an id on the Hugging Face hub: "google/flan-t5-xl", or "…@REVISION" of a
-        tag, branch or commit. JSON, safetensors and SentencePiece files are fetched, into the
-        hub's usual cache: no code and no pickles.
-      parts: the folders of a repository to fetch, besides the model at its top.
-
-    Raises:
-      UserError: no such folder; or the hub can't be reached or lacks it, or has only pickles, or
-        the extra that fetches isn't installed.
-    """
-    folder = Path(source).expanduser()
-    if str(source) and folder.is_dir():
-        return folder
-    if not (named := HUB_ID.fullmatch(str(source))):
-        raise UserError(
-            f"There is no folder {str(source)!r}; give a folder, or a hub id such as"
-            " google/flan-t5-xl."
-        )
-    try:
-        from huggingface_hub import list_repo_files, snapshot_download
-    except ImportError as error:
-        raise UserError(
-            f"There is no folder {str(source)!r}, and fetching it from the hub needs"
-            " huggingface_hub; run `pip install 'cascade-imagen[hub]'`, or give a folder."
-        ) from error
-    allow = [*HUB_TOP, *(part + file for part in parts for file in HUB_FILES)]
-    what = {"repo_id": named["id"], "revision": named["revision"]}
-    try:
-        folder = Path(snapshot_download(**what, allow_patterns=allow, ignore_patterns=HUB_VARIANTS))
-        if any(folder.rglob("*.safetensors")):
-            return folder
-        files = list_repo_files(**what)
-    except Exception as error:  # HTTP, cache and file errors have no base of their own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"There is no folder {str(source)!r}, and it couldn't be fetched from the hub"
-            f" ({reason.rstrip('.')}); check the name and the network, or give a folder."
-        ) from error
-    raise _without_weights(str(source), files)
 
 
 def rows(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:

@@ -78,12 +78,19 @@ class T5Tensors:
         return value
 
     def digest(self) -> str:
-        """sha256 of all names, shapes, dtypes and values, however they are split into files."""
+        """sha256 of all names, shapes, dtypes and values, however they are split into files.
+
+        Raises:
+          UserError: a value isn't finite.
+        """
         digest = hashlib.sha256()
         for name, spec in tqdm(self.specs.items(), "Hashing the text encoder", delay=2):
             digest.update(f"{name} {spec.shape} {spec.dtype.name}\n".encode())
             for part in rows(spec.shape, spec.dtype.itemsize):
-                digest.update(np.ascontiguousarray(self.read(name, part)).view(np.uint8).data)
+                values = np.ascontiguousarray(self.read(name, part))
+                if not np.isfinite(values).all():
+                    raise _not_finite(name)
+                digest.update(values.view(np.uint8).data)
         return digest.hexdigest()
 
 
@@ -145,9 +152,7 @@ def _read_leaf(tensors: T5Tensors, path: str, spec, sharding: NamedSharding, pro
 
         array = jax.make_array_from_callback(tensors.specs[name].shape, sharding, part)
         if not _finite(array, NamedSharding(sharding.mesh, P())):
-            raise UserError(
-                f"The text encoder's weight {name!r} holds NaN or infinity; fetch it again."
-            )
+            raise _not_finite(name)
         progress.update()
         return array
 
@@ -160,6 +165,10 @@ def _read_leaf(tensors: T5Tensors, path: str, spec, sharding: NamedSharding, pro
         # Waiting keeps the host from reading ahead of the devices.
         stack = _put(stack, read(name, one), i, sharding).block_until_ready()
     return stack
+
+
+def _not_finite(name: str) -> UserError:
+    return UserError(f"The text encoder's weight {name!r} holds NaN or infinity; fetch it again.")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

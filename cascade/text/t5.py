@@ -15,7 +15,8 @@ from sentencepiece import SentencePieceProcessor
 
 from cascade.digests import remembered
 from cascade.errors import UserError
-from cascade.interop.folders import inside, open_weights, read_json, resolve
+from cascade.interop.folders import inside, open_weights, read_json
+from cascade.interop.hub import resolve
 from cascade.interop.t5 import T5Tensors, read_params, write_t5
 from cascade.networks.t5 import from_published, published
 from cascade.parallel.mesh import make_mesh
@@ -59,6 +60,11 @@ class T5Encoder(TextEncoder):
           UserError: config.json is missing or describes what isn't built, or spiece.model is
             missing.
         """
+        if not (vocabulary / VOCABULARY).is_file():
+            raise UserError(
+                f"{str(vocabulary)!r} has no {VOCABULARY}, which current transformers leaves out"
+                " when it saves a tokenizer; copy it there from where the model was published."
+            )
         self._model, self._vocabulary = model, inside(vocabulary, VOCABULARY)
         self._t5 = from_published(read_json(model, "config.json"), dtype, unroll=False)
         self._null, self._keep_padding, self._dtype = null, keep_padding, dtype

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cascade.errors import UserError
-from cascade.interop.folders import resolve
+from cascade.interop.hub import resolve
 from cascade.text.encoders import t5
 
 T5 = [

@@ -197,6 +197,13 @@ def pipelines(tmp_path):
     return pipeline(tmp_path / "I", 1), pipeline(tmp_path / "II", 2)
 
 
+def spoil_t5(folder: Path):
+    """Puts one NaN into a T5's weights."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["shared.weight"][5, 0] = np.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def rewrite(path: Path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -260,6 +267,19 @@ def test_an_import_says_what_it_leaves_out(pipelines, tmp_path, caplog):
             lambda i, ii: (i / "unet" / WEIGHTS).rename(i / "unet" / "pytorch_model.bin") and (i,),
             "only pickles",
         ),
+        (
+            lambda i, ii: (i / "tokenizer" / "spiece.model").write_bytes(b"words") and (i,),
+            "not a SentencePiece model",
+        ),
+        (
+            lambda i, ii: (i / "tokenizer" / "spiece.model").unlink() or (i,),
+            "no spiece.model, which current transformers leaves out",
+        ),
+        (
+            lambda i, ii: shutil.rmtree(i / "text_encoder") or (i,),
+            "no text_encoder",
+        ),
+        (lambda i, ii: spoil_t5(i / "text_encoder") or (i,), "holds NaN or infinity"),
         (
             lambda i, ii: rewrite(ii / "text_encoder" / "config.json", num_layers=1) or (i, ii),
             "encoder.block.1.* config.json knows nothing of",
