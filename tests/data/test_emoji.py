@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cascade import cli
+from cascade.commands.data import build
 from cascade.data import prepare
 from cascade.data.emoji import builder, drawings
 from cascade.data.emoji.builder import DEFAULTS, Settings, heldout_split, plan
@@ -267,7 +267,7 @@ def test_bad_arguments(tmp_path, arguments):
 
 
 def test_python_and_the_command_line_build_the_same_variant():
-    options = {option.name: option.default for option in cli.build.params}
+    options = {option.name: option.default for option in build.params}
     assert signature(prepare.build_emoji).parameters["variant"].default == options["variant"]
 
 
