@@ -257,11 +257,14 @@ def test_an_export_that_is_stopped_leaves_nothing(
 
     monkeypatch.setattr("cascade.interop.weights.write_stage", stopped)
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM isn't handled"))
+    # A suite that runs in the background was started with Ctrl-C ignored.
+    keyboard = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         result = run("export", "--to", "safetensors", "--bundle", bundle, "--out", tmp_path / "x")
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, keyboard)
     assert result.exit_code == code and f"error: {said}" in result.stderr.splitlines()
     assert not list(tmp_path.iterdir())
 
