@@ -1,11 +1,6 @@
 """Two processes, one mesh: a cache built together, and batches encoded from each one's own rows."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
+from processes import free_port, run_processes
 from tiny_t5 import write_folder
 
 SCRIPT = """
@@ -80,29 +75,11 @@ except UserError as error:
 
 def test_two_processes_embed_on_one_mesh(tmp_path):
     write_folder(tmp_path / "t5")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(process), str(port), str(tmp_path)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for process in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, err) in zip(processes, said, strict=True):
-        assert process.returncode == 0, err
-    assert said[0][0].count("failed:") == 2 and said[0][0].count("No space left on device") == 2
-    assert said[1][0].count("failed: Process 0 failed") == 2
-    assert "found" in said[0][0]
-    assert "Process 1 doesn't find" in said[1][0] and "all processes share" in said[1][0]
+    port = free_port()
+    commands = [["-c", SCRIPT, process, port, tmp_path] for process in range(2)]
+    codes, said = run_processes(commands, devices=2)
+    assert codes == [0, 0], said
+    assert said[0].out.count("failed:") == 2 and said[0].out.count("No space left on device") == 2
+    assert said[1].out.count("failed: Process 0 failed") == 2
+    assert "found" in said[0].out
+    assert "Process 1 doesn't find" in said[1].out and "all processes share" in said[1].out
