@@ -20,6 +20,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save as to_safetensors
 
 from cascade.errors import UserError
+from cascade.parallel.mesh import put
 
 DTYPES = {"float32": ("F32", np.dtype("float32")), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
 HEADER = 200  # bytes a tensor takes in a file's header besides its name, generously
@@ -82,7 +83,9 @@ def _pieces(name: str, tensor: np.ndarray, shard_bytes: int) -> list[tuple[str, 
     ]
 
 
-def read_shards(where: str, files: Iterable[tuple[str, bytes]], dtype: str, template: Any) -> Any:
+def read_shards(
+    where: str, files: Iterable[tuple[str, bytes]], dtype: str, template: Any, placed: Any = None
+) -> Any:
     """The parameter tree that files hold, as arrays of the template's dtypes.
 
     Args:
@@ -90,13 +93,34 @@ def read_shards(where: str, files: Iterable[tuple[str, bytes]], dtype: str, temp
       files: (name, contents) of each file.
       dtype: a key of `DTYPES`, which every tensor must have.
       template: a tree of `jax.ShapeDtypeStruct`.
+      placed: a like tree of shardings: each tensor goes to its place on the devices once it is
+        read, of which this process fills its own, and the host holds one at a time. None leaves
+        NumPy arrays on the host.
 
     Raises:
       UserError: a file that can't be parsed; a tensor that is missing, foreign, double, in pieces
         that don't make a whole, of another shape or dtype, or not finite.
     """
+    wanted = dict(named(template))
+    places = {} if placed is None else dict(named(placed))
+    leaves = {}
+    for name, tensor in _joined(where, _tensors(files, dtype), wanted):
+        leaf = wanted.get(name)
+        if leaf is None or leaf.shape != tensor.shape:
+            leaves[name] = jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)  # for the message
+            continue
+        check_finite(where, name, tensor)
+        leaves[name] = tensor.astype(leaf.dtype, copy=False)
+        if name in places:
+            leaves[name] = put(leaves[name], places[name])
+    check_shapes(where, leaves, template)
+    return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted])
+
+
+def _tensors(files: Iterable[tuple[str, bytes]], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor in the files, of which no two may have a name and all must have the dtype."""
     code, numpy_dtype = DTYPES[dtype]
-    tensors = {}
+    names = set()
     for file, data in files:
         try:
             contents = deserialize(data)
@@ -105,47 +129,56 @@ def read_shards(where: str, files: Iterable[tuple[str, bytes]], dtype: str, temp
                 f"{file!r} isn't a safetensors file ({error}); get the bundle again, whole."
             ) from error
         for name, tensor in contents:
-            if name in tensors or tensor["dtype"] != code:
-                fault = "comes twice" if name in tensors else f"is {tensor['dtype']}, not {code}"
+            if name in names or tensor["dtype"] != code:
+                fault = "comes twice" if name in names else f"is {tensor['dtype']}, not {code}"
                 raise UserError(
                     f"The tensor {name!r} in {file!r} {fault}; write the bundle again with "
                     "`cascade bundle`."
                 )
-            tensors[name] = np.frombuffer(tensor["data"], numpy_dtype).reshape(tensor["shape"])
-    _join(where, tensors, dict(named(template)))
-    check_shapes(where, tensors, template)
-    for name, tensor in tensors.items():
-        check_finite(where, name, tensor)
-    # Each tensor is let go once it is cast: a copy of all of them may not fit in memory.
-    leaves = [tensors.pop(name).astype(leaf.dtype, copy=False) for name, leaf in named(template)]
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+            names.add(name)
+            yield name, np.frombuffer(tensor["data"], numpy_dtype).reshape(tensor["shape"])
 
 
-def _join(where: str, tensors: dict[str, np.ndarray], wanted: Mapping):
-    """Puts together the pieces among `tensors`, in the shapes that are wanted of them."""
-    pieces = {}
-    for name in list(tensors):
+def _joined(
+    where: str, tensors: Iterable[tuple[str, np.ndarray]], wanted: Mapping
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The same, but pieces become one tensor, of the shape that is wanted, once all are there."""
+    pieces, whole = {}, set()
+    for name, tensor in tensors:
         match = PIECE.fullmatch(name)
         if match:
-            pieces.setdefault(match[1], {})[int(match[2]), int(match[3])] = tensors.pop(name)
-    while pieces:  # and keeps none of a tensor's once it is whole
-        name, parts = pieces.popitem()
-        count = len(parts)
-        fits = (
-            name in wanted
-            and name not in tensors
-            and count > 1
-            and sorted(parts) == [(i + 1, count) for i in range(count)]
-            and all(part.ndim == 1 and part.size for part in parts.values())
-            and sum(part.size for part in parts.values()) == math.prod(wanted[name].shape)
-        )
-        if not fits:
-            raise UserError(
-                f"The tensor {name!r} of {where} is in pieces that don't make it whole; get the "
-                "bundle again, or write it anew with `cascade bundle`."
+            name, count = match[1], int(match[3])
+            parts = pieces.setdefault(name, {})
+            parts[int(match[2]), count] = tensor
+            if len(parts) < count and name not in whole:
+                continue
+            del pieces[name]
+            fits = (
+                name in wanted
+                and name not in whole
+                and count > 1
+                and sorted(parts) == [(i + 1, count) for i in range(count)]
+                and all(part.ndim == 1 and part.size for part in parts.values())
+                and sum(part.size for part in parts.values()) == math.prod(wanted[name].shape)
             )
-        flat = np.concatenate([parts[key] for key in sorted(parts)])
-        tensors[name] = flat.reshape(wanted[name].shape)
+            if not fits:
+                raise _not_whole(where, name)
+            tensor = np.concatenate([parts[key] for key in sorted(parts)])
+            tensor = tensor.reshape(wanted[name].shape)
+            parts.clear()  # once they are joined there is no second copy
+        elif name in whole:
+            raise _not_whole(where, name)
+        whole.add(name)
+        yield name, tensor
+    if pieces:
+        raise _not_whole(where, next(iter(pieces)))
+
+
+def _not_whole(where: str, name: str) -> UserError:
+    return UserError(
+        f"The tensor {name!r} of {where} is in pieces that don't make it whole; get the bundle "
+        "again, or write it anew with `cascade bundle`."
+    )
 
 
 def named(tree: Any) -> list[tuple[str, Any]]:

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from cascade.errors import UserError
@@ -54,6 +55,26 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     return Mesh(arranged, AXES, axis_types=kinds)
 
 
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads "data=4,fsdp=64"; an axis that isn't named has size 1, and -1 is what is left.
+
+    Raises:
+      UserError: it isn't such a list.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        named = {axis.strip(): int(size) for axis, size in pairs}
+    except ValueError:
+        named = {}
+    if not named or len(named) < len(text.split(",")) or not set(named) <= set(AXES):
+        raise UserError(
+            f"Can't read the mesh {text!r}; name axes once each, of {', '.join(AXES)}, like "
+            "data=4,fsdp=64."
+        )
+    return sizes | named
+
+
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh):
     """Raises a UserError unless each slice of a global batch divides over processes and devices."""
     shares = batch_shares(mesh)
@@ -98,24 +119,52 @@ def whole_on_host(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
+def put(array, sharding: Sharding) -> jax.Array:
+    """An array where `sharding` says; of a NumPy one, which all hold, each process fills its part.
+
+    What is on devices already is only moved.
+    """
+    if isinstance(array, jax.Array):
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(np.shape(array), sharding, np.asarray(array).__getitem__)
+
+
+def on_all_processes(action: Callable[[], Any], mesh: Mesh | None) -> Any:
+    """Runs on every process, and returns on each once it is done on all.
+
+    Args:
+      action: reads a file, say; it may fail on one process and not on another, and so must not
+        wait for the others itself.
+      mesh: all of its processes call this together; None is this process alone.
+
+    Raises:
+      UserError: it failed on another process; where it failed, that process's own error.
+    """
+    result = failure = None
+    try:
+        result = action()
+    except Exception as error:  # whatever it is, the others mustn't wait for ever
+        failure = error
+    if mesh is not None and mesh.is_multi_process:
+        failed = multihost_utils.process_allgather(np.array(failure is not None))
+        if failure is None and failed.any():
+            failure = UserError(
+                f"Process {failed.argmax()} failed; its own message says how to go on."
+            )
+    if failure is not None:
+        raise failure
+    return result
+
+
 def on_first_process(action: Callable[[], None], mesh: Mesh | None):
     """Runs on process 0 what is for one process to do, and returns on all once it is done.
 
     Args:
       action: writes a file that all share, say.
-      mesh: all of its processes call this together; None is this process alone.
+      mesh: as for `on_all_processes`.
 
     Raises:
       UserError: it failed on process 0, which raises its own error.
     """
-    alone = mesh is None or jax.process_count() == 1
-    failure = None
-    if alone or jax.process_index() == 0:
-        try:
-            action()
-        except Exception as error:  # whatever it is, the others mustn't wait for ever
-            failure = error
-    if not alone and multihost_utils.broadcast_one_to_all(np.array(failure is not None)):
-        failure = failure or UserError("Process 0 failed; its own message says how to go on.")
-    if failure is not None:
-        raise failure
+    mine = mesh is None or jax.process_index() == 0
+    on_all_processes(action if mine else lambda: None, mesh)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from cascade import config as configs
 from cascade.errors import UserError
 from cascade.files import write_whole
-from cascade.parallel.mesh import AXES
+from cascade.parallel.mesh import parse_mesh
 from cascade.parallel.topology import LOCAL, parse
 
 log = logging.getLogger(__name__)
@@ -103,26 +103,6 @@ def changed(config: ConfigDict, *, batch: int | None = None, mesh: str | None = 
         config.mesh = parse_mesh(mesh)
     configs.check(config)
     return config
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Reads "data=4,fsdp=64"; an axis that isn't named has size 1, and -1 is what is left.
-
-    Raises:
-      UserError: it isn't such a list.
-    """
-    sizes = dict.fromkeys(AXES, 1)
-    try:
-        pairs = [part.split("=") for part in text.split(",")]
-        named = {axis.strip(): int(size) for axis, size in pairs}
-    except ValueError:
-        named = {}
-    if not named or len(named) < len(text.split(",")) or not set(named) <= set(AXES):
-        raise UserError(
-            f"Can't read the mesh {text!r}; name axes once each, of {', '.join(AXES)}, like "
-            "data=4,fsdp=64."
-        )
-    return sizes | named
 
 
 def measure(
