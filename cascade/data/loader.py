@@ -1,9 +1,11 @@
 """The grain pipeline: records in a seeded order -> preprocessed pictures -> batches.
 
-    positions ─► slice of this process ─► Order ─► Prepare (in workers) ─► Judge ─► Collate
+    positions ─► this process's share ─► Order ─► Prepare (in workers) ─► Judge ─► Collate
 
 Everything up to `Prepare` is a pure function of (seed, position), so an iterator's state is a
 position, a resumed run continues with the very next batch, and workers change nothing but speed.
+Global batch k is the positions from k·B to (k + 1)·B in their order, whoever loads which part of
+it: the number of processes changes nothing but speed either.
 """
 
 import atexit
@@ -35,10 +37,30 @@ from cascade.registry import build
 
 ENDLESS = 2**62
 READY_BATCHES = 2
+# Keeps a picture's draws apart from an order's, which come from (seed, pass) or (seed, block).
+OF_A_PICTURE = 1
+
+
+class Share(NamedTuple):
+    """Which part of each global batch a process loads: the index-th of `count` equal blocks."""
+
+    index: int
+    count: int
+    size: int  # of one block
+
+    def position(self, place: int) -> int:
+        """The place-th picture of this process -> its position in the common order."""
+        batch, row = divmod(place, self.size)
+        return (batch * self.count + self.index) * self.size + row
+
+    def place(self, position: int) -> int:
+        """The way back, of a position in this share."""
+        batch, row = divmod(position, self.count * self.size)
+        return batch * self.size + row - self.index * self.size
 
 
 class Prepare(NamedTuple):
-    """(position, generator) -> one prepared picture, or `Skipped`. Runs in the workers."""
+    """Place in a share -> one prepared picture, or `Skipped`. Runs in the workers."""
 
     source: Any
     order: Order | MixedOrder
@@ -46,9 +68,13 @@ class Prepare(NamedTuple):
     pair: PairCrop
     train: bool
     random_crop: bool
+    seed: int
+    share: Share
 
-    def __call__(self, position: int, rng: np.random.Generator):
+    def __call__(self, place: int):
         """Reads, preprocesses and crops a record; its caption is drawn, or the first."""
+        position = self.share.position(place)
+        rng = np.random.default_rng([self.seed, position, OF_A_PICTURE])
         index = self.order(position)
         if index is None:
             return PADDING
@@ -62,7 +88,8 @@ class Prepare(NamedTuple):
             return Skipped(index, key, str(reason), isinstance(reason, BrokenPicture))
         choice = int(rng.integers(len(record["captions"]))) if self.train else 0
         offset = self.pair.offset(rng if self.train else None, picture.shape[:2])
-        return {"caption": record["captions"][choice], **self.pair(picture, offset)}
+        caption = record["captions"][choice]
+        return {"caption": caption, "position": position, **self.pair(picture, offset)}
 
     def blank(self) -> dict[str, Any]:
         """A black picture with some caption of the source."""
@@ -71,47 +98,89 @@ class Prepare(NamedTuple):
         caption = next(captions_of(self.source), None)
         if caption is None:
             raise UserError("No record of the evaluation source can be read; check its files.")
-        return {"caption": caption, **black}
+        return {"caption": caption, "position": -1, **black}
 
 
-class SameData(grain.DatasetIterator):
-    """An iterator whose state says which data it is a position in, and fits no other."""
+class Position(grain.DatasetIterator):
+    """An iterator over batches whose state is a position in the common order of certain data.
 
-    def __init__(self, batches: grain.DatasetIterator, held: dict[str, Any]):
-        super().__init__(batches)
-        self._batches, self._held = batches, held
+    Args:
+      begin: a place in the share -> the stream of (next position, batch) from there on.
+      share: this process's.
+      held: what tells the data from other data.
+    """
+
+    def __init__(self, begin: Callable[[int], grain.DatasetIterator], share: Share, held: dict):
+        self._begin, self._share, self._held = begin, share, held
+        self._next = share.position(0)
+        super().__init__()
+        self._batches = begin(0)
 
     def __next__(self):
-        return next(self._batches)
+        self._next, batch = next(self._batches)
+        return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The position, and the data's contents."""
-        return {"position": self._batches.get_state(), "data": self._held}
+        """The position of the next picture, in which share, and the data's contents."""
+        share = {"index": self._share.index, "count": self._share.count}
+        return {"position": self._next, "share": share, "data": self._held}
 
-    def set_state(self, state: dict[str, Any]):
+    def set_state(self, state: dict[str, Any] | Sequence[dict[str, Any]]):
         """Goes to a position.
+
+        A state of the same share is taken up with the very next picture. Among those of other
+        shares, since a batch is the same whoever loads it, this goes on after the last batch that
+        all of them have finished. They have finished equally many unless pictures were skipped:
+        then a few that some had met already come once more, rather than never.
+
+        Args:
+          state: what `get_state` gave, or the list of what it gave on all processes.
 
         Raises:
           UserError: the data isn't what it was when the state was taken.
         """
-        then, now = state["data"], self._held
-        if then != now:
+        states = [state] if isinstance(state, dict) else state
+        for then in states:
+            self._check_same(then["data"])
+        mine = {"index": self._share.index, "count": self._share.count}
+        for then in states:
+            if then["share"] == mine:
+                self._next = then["position"]
+                break
+        else:
+            together = self._share.count * self._share.size
+            batches = min(then["position"] // together for then in states)
+            self._next = self._share.position(batches * self._share.size)
+        self._batches.close()
+        self._batches = self._begin(self._share.place(self._next))
+
+    def start_prefetch(self):
+        """Begins to make the next batches; see `grain.DatasetIterator`."""
+        self._batches.start_prefetch()
+
+    def close(self):
+        """Stops the threads and workers that make batches."""
+        self._batches.close()
+        super().close()
+
+    def _check_same(self, then: dict[str, Any]):
+        if then != self._held:
             told = "{records} records in {files} files of {bytes} bytes (names and sizes {digest})"
             raise UserError(
                 f"The training data changed under this run: it was {told.format(**then)} at the "
-                f"checkpoint and is {told.format(**now)} now; put back what was there, or train "
-                "in another --workdir."
+                f"checkpoint and is {told.format(**self._held)} now; put back what was there, or "
+                "train in another --workdir."
             )
-        self._batches.set_state(state["position"])
 
 
 class Collate(NamedTuple):
     """Prepared pictures -> one batch of arrays, see `make_loader`."""
 
     texts: Callable[[list[str]], dict[str, np.ndarray]]
+    share: Share
 
-    def __call__(self, elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-        """Stacks, scales to [-1, 1] and turns captions into arrays."""
+    def __call__(self, elements: Sequence[dict[str, Any]]) -> tuple[int, dict[str, np.ndarray]]:
+        """Stacks, scales to [-1, 1] and turns captions into arrays; says what comes next."""
         batch = dict(self.texts([element["caption"] for element in elements]))
         for name in ("image", "lowres"):
             if name in elements[0]:
@@ -123,7 +192,8 @@ class Collate(NamedTuple):
                 batch[name] = pixels
         if "valid" in elements[0]:
             batch["valid"] = np.array([element["valid"] for element in elements])
-        return batch
+        following = self.share.position(self.share.place(elements[-1]["position"]) + 1)
+        return following, batch
 
 
 def make_source(section: Mapping[str, Any], *, train: bool):
@@ -159,7 +229,8 @@ def make_loader(
     visit. Evaluation is one pass in the source's order with first captions and centre crops; its
     last batch is padded, and "valid" [B] bool says which pictures count.
 
-    A state fits a loader of the same section, sizes, batch and process count, and no other.
+    A state fits a loader of the same section, sizes and global batch, and no other; of how many
+    processes is all the same, see `Position.set_state`.
 
     Args:
       section: config.data.
@@ -169,10 +240,10 @@ def make_loader(
       texts: captions -> their arrays [B, ...] in a batch; stays in this process. See
         `EmbeddingCache.lookup` and `cascade.text.on_the_fly.Tokenized`.
       seed: decides order, captions and crops.
-      batch_size: of one process.
+      batch_size: of one process: of a global batch it loads the process_index-th block.
       train: which source, and which of the two ways above.
       source: what `make_source` gave, to build it only once; None builds it here.
-      process_index, process_count: process p takes every count-th record of the order, from p.
+      process_index, process_count: among those that load different blocks.
 
     Yields:
       {"image": [B, H, W, 3] float32 in [-1, 1], what `texts` gives, and in a super-resolution
@@ -201,18 +272,21 @@ def make_loader(
         source, preprocess = decoded(source, preprocess), None
     mixed = train and isinstance(source, Mixture)
     order = source.order(seed) if mixed else Order(len(source), seed if train else None)
-    prepare = Prepare(source, order, preprocess, pair, train, random_crop)
-    together = batch_size * process_count
-    positions = ENDLESS if train else -(-len(source) // together) * together
-    # The generator belongs to the position in the common order, so it comes before the slice.
-    prepared = grain.MapDataset.range(positions).seed(seed).random_map(prepare)
-    stream = _in_workers(prepared[process_index::process_count], section["workers"])
+    share = Share(process_index, process_count, batch_size)
+    prepare = Prepare(source, order, preprocess, pair, train, random_crop, seed, share)
+    places = ENDLESS if train else -(-len(source) // (batch_size * process_count)) * batch_size
     judge = Judge(len(source), section["max_broken_rate"])
-    stream = stream.filter(judge) if train else stream.map(Fill(prepare.blank(), judge))
-    batches = stream.batch(batch_size, drop_remainder=True, batch_fn=Collate(texts))
-    # A thread makes the next batches while a step runs; the state stays that of the last one given.
-    ready = iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=READY_BATCHES))
-    loader = SameData(ready, held)
+    fill = None if train else Fill(prepare.blank(), judge)
+
+    def begin(place: int) -> grain.DatasetIterator:
+        prepared = grain.MapDataset.range(place, places).map(prepare)
+        stream = _in_workers(prepared, section["workers"])
+        stream = stream.filter(judge) if train else stream.map(fill)
+        batches = stream.batch(batch_size, drop_remainder=True, batch_fn=Collate(texts, share))
+        # A thread makes the next batches while a step runs.
+        return iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=READY_BATCHES))
+
+    loader = Position(begin, share, held)
     atexit.register(_close, weakref.ref(loader))  # left to the interpreter's end, it would complain
     return loader
 

@@ -5,6 +5,7 @@ checkpoint as it was. It doesn't notice a flipped bit and has no way back from a
 folder; the checksum and `restore` here add both.
 """
 
+import json
 import logging
 import pathlib
 import sys
@@ -17,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from cascade.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had other data positions
 
 # What a failed write raises: the file system's error, or TensorStore's wrapping of it.
 UNWRITTEN = (ValueError, OSError, RuntimeError)
@@ -140,7 +141,8 @@ class Checkpoints:
 
         Args:
           abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings: where each array goes.
-          iterator: a Grain iterator to move to the saved position.
+          iterator: a Grain iterator to move to the saved position; where several processes saved
+            theirs, its `set_state` is given the list.
           check: called with a checkpoint's meta and step before its arrays are read; raises a
             UserError where they are another run's.
 
@@ -190,12 +192,16 @@ class Checkpoints:
         return {"text_fingerprint": "", **meta}  # earlier ones lack it
 
     def _state(self, step: int, meta: dict, abstract_state, iterator):
-        items = {"state": ocp.args.StandardRestore(abstract_state)}
-        if iterator is not None:
-            items["data"] = grain.checkpoint.CheckpointRestore(iterator)
-        state = self.manager.restore(step, args=ocp.args.Composite(**items)).state
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        state = self.manager.restore(step, args=items).state
         if checksum(state) != meta["checksum"]:
             raise ValueError("its checksum doesn't match its contents")
+        if iterator is not None:
+            # Grain's own restoring wants as many processes as there were.
+            files = sorted((self.folder / str(step) / "data").glob("process_*-of-*.json"))
+            positions = [json.loads(file.read_text()) for file in files]
+            iterator.set_state(positions if len(positions) > 1 else positions[0])
+            iterator.start_prefetch()
         return state
 
     def _set_aside(self, step: int):

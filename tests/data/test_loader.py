@@ -144,14 +144,55 @@ def test_workers_change_nothing_but_speed(pictures):
     helped.close()
 
 
+def shared(data, count: int, **changes) -> list:
+    """The loaders of `count` processes that share global batches of 6."""
+    part = dict(batch_size=6 // count, process_count=count, **changes)
+    return [loader(data, process_index=p, **part) for p in range(count)]
+
+
+def together(parts: list, batches: int) -> list[dict]:
+    """Global batches, as devices in the order of their processes hold them."""
+    found = []
+    for _ in range(batches):
+        mine = [next(part) for part in parts]
+        found.append({key: np.concatenate([batch[key] for batch in mine]) for key in mine[0]})
+    return found
+
+
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_share_the_order_without_overlap(pictures, count):
+def test_processes_share_each_batch_as_one_would_load_it(pictures, count):
+    data = section(pictures, crop="random")
+    passes = 6 * RECORDS // 6
+    whole, shares = (together(shared(data, n), passes) for n in (1, count))
+    assert_same(whole, shares)
+    texts = [name(t) for batch in shares for t in spelled(batch)]
+    assert sorted(texts) == sorted(6 * [f"{i:02d}" for i in range(RECORDS)])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 1), (2, 3)])
+def test_another_number_of_processes_goes_on_with_the_next_batch(pictures, before, after):
     data = section(pictures)
-    whole = [t for b in take(loader(data, batch_size=1), 2 * 3 * RECORDS) for t in spelled(b)]
-    for p in range(count):
-        part = loader(data, batch_size=1, process_index=p, process_count=count)
-        length = len(whole[p::count])
-        assert [t for b in take(part, length) for t in spelled(b)] == whole[p::count]
+    unbroken = shared(data, before)
+    together(unbroken, 5)
+    states = [part.get_state() for part in unbroken]
+    rest = together(unbroken, 9)
+    resumed = shared(data, after)
+    for part in resumed:
+        part.set_state(states)
+    assert_same(together(resumed, 9), rest)
+
+
+def test_skipped_pictures_lose_none_to_another_number_of_processes(pictures):
+    for i in (3, 11):
+        (pictures / f"{i:02d}.png").write_bytes(b"broken")
+    data = section(pictures)
+    before = shared(data, 3)
+    texts = [t for batch in together(before, 2) for t in spelled(batch)]
+    resumed = shared(data, 2)
+    for part in resumed:
+        part.set_state([part.get_state() for part in before])
+    texts += [t for batch in together(resumed, 3) for t in spelled(batch)]
+    assert {name(t) for t in texts} == {f"{i:02d}" for i in range(RECORDS)} - {"03", "11"}
 
 
 def test_crops_are_drawn_and_lowres_goes_with_them(tmp_path):
@@ -180,19 +221,15 @@ def test_random_crop_of_a_long_picture(tmp_path):
     np.testing.assert_allclose((central[0, 0, :, 0] + 1) * 127.5, np.arange(28, 36), atol=ROUNDING)
 
 
-def test_evaluation_is_one_pass_in_order_with_first_captions(pictures):
-    for count in (1, 2):
-        texts, valid = [], []
-        for p in range(count):
-            part = loader(section(pictures), train=False, process_index=p, process_count=count)
-            batches = list(part)
-            assert len(batches) == -(-RECORDS // (4 * count))
-            texts.append([t for b in batches for t in spelled(b)])
-            valid.append(np.concatenate([b["valid"] for b in batches]))
-        texts = [t for together in zip(*texts, strict=True) for t in together]
-        valid = np.stack(valid, axis=1).ravel()
-        assert valid.sum() == RECORDS and valid[:RECORDS].all()
-        assert texts[:RECORDS] == [f"first of {i:02d}" for i in range(RECORDS)]
+@pytest.mark.parametrize("count", [1, 2])
+def test_evaluation_is_one_pass_in_order_with_first_captions(pictures, count):
+    parts = shared(section(pictures), count, train=False)
+    batches = together(parts, -(-RECORDS // 6))
+    assert all(next(part, None) is None for part in parts)
+    texts = [t for batch in batches for t in spelled(batch)]
+    valid = np.concatenate([batch["valid"] for batch in batches])
+    assert valid.sum() == RECORDS and valid[:RECORDS].all()
+    assert texts[:RECORDS] == [f"first of {i:02d}" for i in range(RECORDS)]
 
 
 def test_broken_records_are_logged_and_skipped(pictures, caplog):
