@@ -1,0 +1,125 @@
+# shellcheck shell=bash
+# What the launchers share: sentences, quoting, dry runs, secrets, starting again. To be sourced.
+
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  echo "error: this needs bash 4.4 or newer and found $BASH_VERSION; install it (brew install bash)." >&2
+  exit 2
+fi
+
+# A try that lasted this many seconds shows that nothing is wrong with the command: after it, tries
+# are counted from the first again.
+LASTING=${LASTING:-600}
+
+say() { printf '%s\n' "$*" >&2; }
+
+fail() {
+  say "error: $*"
+  exit 2
+}
+
+# quoted WORD...: prints a line that any POSIX shell reads back as exactly these words.
+quoted() {
+  local LC_ALL=C word line="" apostrophe="'\\''"
+  for word in "$@"; do
+    if [[ -z $word || $word == *[!A-Za-z0-9_@%+=:,./-]* ]]; then
+      word="'${word//"'"/"$apostrophe"}'"
+    fi
+    line+="${line:+ }$word"
+  done
+  printf '%s\n' "$line"
+}
+
+# run COMMAND...: runs it; with dry_run=yes, prints it instead, ready to be pasted.
+run() {
+  if [[ ${dry_run:-no} == yes ]]; then quoted "$@"; else "$@"; fi
+}
+
+# need TOOL HOW: fails unless the tool is installed; a dry run needs none.
+need() {
+  [[ ${dry_run:-no} == yes ]] || command -v "$1" >/dev/null ||
+    fail "$1 isn't installed here; $2, or add --dry-run to see what would be run."
+}
+
+# value OPTION COUNT: fails where an option is the last word and its value is missing.
+value() { (($2 > 1)) || fail "$1 needs a value; see --help."; }
+
+# whole OPTION VALUE LEAST: fails unless the value is a whole number of at least LEAST.
+whole() {
+  [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ && $2 -ge $3 ]] ||
+    fail "$1 is '$2'; give a whole number of at least $3."
+}
+
+# training WORD...: fails unless they are what `cascade train` takes beyond --workdir.
+training() {
+  local word config=no
+  for word in "$@"; do
+    case $word in
+      --config | --config=*) config=yes ;;
+      --workdir | --workdir=*) fail "--workdir is the launcher's; give it before the --." ;;
+    esac
+  done
+  [[ $config == yes ]] ||
+    fail "no config; end with '-- --config PATH' and its overrides, as cascade train takes them."
+}
+
+# read_secrets FILE: exports its NAME=value lines, as they stand: nothing in them is evaluated.
+read_secrets() {
+  local line mode
+  [[ -f $1 && -r $1 ]] || fail "can't read the secrets file $1; give one of NAME=value lines."
+  mode=$(stat -c %a "$1" 2>/dev/null || stat -f %Lp "$1")
+  [[ $mode == ?00 ]] || fail "others may read $1 (mode $mode); chmod 600 it."
+  while IFS= read -r line || [[ -n $line ]]; do
+    [[ -z $line || $line == '#'* ]] && continue
+    [[ $line =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
+      fail "$1 has a line that isn't NAME=value; mend it, quotes aren't needed."
+    export "${line?}"
+  done <"$1"
+}
+
+# wait_for GRACE PID...: returns once all have ended, with their highest exit code. Where one has
+# failed, the others have GRACE seconds to stop by themselves, then are ended. Signals to this
+# shell are handled meanwhile.
+wait_for() {
+  local grace=$1 worst=0 code pid alive deadline=0
+  shift
+  running=("$@")
+  while ((${#running[@]})); do
+    alive=()
+    for pid in "${running[@]}"; do
+      if kill -0 "$pid" 2>/dev/null; then
+        alive+=("$pid")
+        continue
+      fi
+      code=0
+      wait "$pid" || code=$?
+      ((code <= worst)) || worst=$code
+    done
+    running=("${alive[@]}")
+    if ((worst && ${#running[@]})); then
+      ((deadline)) || deadline=$((SECONDS + grace))
+      ((SECONDS <= deadline)) || kill -KILL "${running[@]}" 2>/dev/null
+    fi
+    ((${#running[@]} == 0)) || sleep 0.5
+  done
+  return "$worst"
+}
+
+# another_try LASTED CODE RETRIES BACKOFF: counts a try that lasted so many seconds and ended before
+# training was finished, says so and waits: BACKOFF seconds, doubling up to ten minutes. Returns 1
+# once more than RETRIES in a row have failed.
+failures=0
+another_try() {
+  local lasted=$1 code=$2 retries=$3 backoff=$4 pause
+  ((lasted < LASTING)) || failures=0
+  failures=$((failures + 1))
+  if ((failures > retries)); then
+    say "Ended with code $code before the training was finished, $failures times in a row: giving up."
+    return 1
+  fi
+  pause=$((backoff * (1 << (failures < 10 ? failures - 1 : 9))))
+  pause=$((pause < 600 ? pause : 600))
+  say "Ended with code $code before the training was finished; try $failures of $retries in $pause s."
+  # Signals are handled while this waits, not after.
+  sleep "$pause" &
+  wait $! || true
+}
