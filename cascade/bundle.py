@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from cascade import manifest
 from cascade.config import from_json, to_json
 from cascade.errors import UserError
 from cascade.files import whole_folder
+from cascade.parallel.rules import shardings
 from cascade.registry import build
 from cascade.shards import DTYPES, check_shapes, named, read_shards, write_shards
 from cascade.stage import Stage
@@ -180,7 +182,10 @@ def _save_stage(folder: Path, index: int, trained: TrainedStage, dtype: str, lim
 
 
 def load_bundle(
-    folder: str | os.PathLike, text_encoder: TextEncoder | None = None, text_weights: str = ""
+    folder: str | os.PathLike,
+    text_encoder: TextEncoder | None = None,
+    text_weights: str = "",
+    mesh: Mesh | None = None,
 ) -> Bundle:
     """Reads a bundle and checks all of it; nothing in the folder is executed.
 
@@ -191,6 +196,8 @@ def load_bundle(
         carries are then not looked at.
       text_weights: where the weights of the encoder that it names are, a folder or a hub id, in
         place of those that it carries; they must be the same.
+      mesh: lay the stages' weights over its devices, each tensor as it is read, of which this
+        process fills its own part; None leaves them on the host.
 
     Raises:
       UserError: anything is missing, damaged, foreign, untrained or doesn't fit, by name.
@@ -205,7 +212,7 @@ def load_bundle(
             f"The text encoder {text_encoder.name!r} isn't the one that {str(folder)!r} was trained"
             " with (their fingerprints differ); give the weights of that one."
         )
-    stages = _load_stages(folder, contents)
+    stages = _load_stages(folder, contents, mesh)
     check_fit(stages, text_encoder)
     return Bundle(stages, text["section"], text_encoder)
 
@@ -236,8 +243,10 @@ def _contents(folder: Path) -> dict[str, Any]:
     return contents
 
 
-def _load_stages(folder: Path, contents: Mapping[str, Any]) -> tuple[TrainedStage, ...]:
-    return tuple(_load_stage(folder, i, entry) for i, entry in enumerate(contents["stages"]))
+def _load_stages(
+    folder: Path, contents: Mapping[str, Any], mesh: Mesh | None = None
+) -> tuple[TrainedStage, ...]:
+    return tuple(_load_stage(folder, i, entry, mesh) for i, entry in enumerate(contents["stages"]))
 
 
 def _build_encoder(
@@ -266,7 +275,7 @@ def _build_encoder(
     return build("text encoder", ENCODERS, section)
 
 
-def _load_stage(folder: Path, index: int, entry: Any) -> TrainedStage:
+def _load_stage(folder: Path, index: int, entry: Any, mesh: Mesh | None) -> TrainedStage:
     """Reads one stage: its config makes the network, and the network says what to expect."""
     where = f"stage {index}"
     types = {"dtype": str, "files": list, "config": dict}
@@ -283,7 +292,8 @@ def _load_stage(folder: Path, index: int, entry: Any) -> TrainedStage:
             "write the bundle again with `cascade bundle`."
         ) from error
     files = (manifest.read_file(folder, f"{where}, file", file) for file in entry["files"])
-    params = read_shards(where, files, entry["dtype"], template)
+    placed = None if mesh is None else shardings(template, mesh)
+    params = read_shards(where, files, entry["dtype"], template, placed)
     return TrainedStage(stage, params, entry["trained_steps"])
 
 

@@ -13,26 +13,38 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from cascade import batches, bundle
 from cascade.arguments import checked_prompts, stage_settings, stage_sizes, whole
 from cascade.errors import UserError
 from cascade.images import as_lowres
-from cascade.text.interface import checked_text
+from cascade.parallel.mesh import all_devices, on_all_processes, put
+from cascade.parallel.rules import shardings
+from cascade.request import request
 
 
-def load(folder: str | os.PathLike, text_encoder=None, text_weights: str = "") -> "Cascade":
+def load(
+    folder: str | os.PathLike, text_encoder=None, text_weights: str = "", mesh: Mesh | None = None
+) -> "Cascade":
     """Reads a bundle, checks it, and makes it ready to draw.
 
     Args:
       folder: a folder that `cascade bundle` or `Cascade.save` wrote.
       text_encoder, text_weights: see `cascade.bundle.load_bundle`.
+      mesh: the devices to draw on, as `Cascade` takes it. Weights go straight to them, and a
+        host holds no more than one tensor at a time.
 
     Raises:
-      UserError: the bundle is damaged, untrained or doesn't fit together.
+      UserError: the bundle is damaged, untrained or doesn't fit together, on any process.
     """
-    return Cascade(*bundle.load_bundle(folder, text_encoder, text_weights))
+    mesh = mesh or all_devices()
+
+    def read():
+        return bundle.load_bundle(folder, text_encoder, text_weights, mesh)
+
+    return Cascade(*on_all_processes(read, mesh), mesh)
 
 
 class Cascade:
@@ -49,34 +61,57 @@ class Cascade:
     compilation. A guidance weight of exactly 1 is the exception: it is a program of its own, since
     it takes half the work.
 
+    Over a mesh of several processes, all of them call a method together, with the same arguments,
+    and all get the same pictures. Another mesh gives the same pictures, to within rounding.
+
     Attributes:
       stages: `cascade.stage.Stage`s, base first.
       text_encoder: what turns prompts into embeddings.
+      mesh: the devices that draw.
     """
 
     def __init__(
-        self, stages: Sequence[bundle.TrainedStage], text: Mapping[str, Any], text_encoder
+        self,
+        stages: Sequence[bundle.TrainedStage],
+        text: Mapping[str, Any],
+        text_encoder,
+        mesh: Mesh | None = None,
     ):
         """Puts trained stages together.
 
         Args:
           stages: base first.
           text: the text encoder's config section, which `save` writes down.
-          text_encoder: the encoder that every stage was trained with.
+          text_encoder: the encoder that every stage was trained with. Where the mesh splits
+            weights, its own are split too (`TextEncoder.place`).
+          mesh: from `cascade.parallel.mesh.make_mesh`. Pictures are split over its axes `data`
+            and `fsdp`, weights over `fsdp` and `tensor`. None splits pictures over all devices.
 
         Raises:
           UserError: a stage is untrained, or the stages don't fit one another or the encoder.
         """
         bundle.check_fit(stages, text_encoder)
+        self.mesh = mesh or all_devices()
+        if self.mesh.shape["data"] < self.mesh.size:
+            text_encoder.place(self.mesh)
         self._trained = tuple(
-            trained._replace(params=jax.device_put(trained.params)) for trained in stages
+            each._replace(params=jax.tree.map(put, each.params, shardings(each.params, self.mesh)))
+            for each in stages
         )
         self._text = dict(text)
         self.stages = tuple(trained.stage for trained in stages)
         self.text_encoder = text_encoder
 
     def save(self, folder: str | os.PathLike, *, dtype: str = "float32", overwrite: bool = False):
-        """Writes a bundle; see `cascade.bundle.save_bundle` for what it raises."""
+        """Writes a bundle; see `cascade.bundle.save_bundle`.
+
+        Raises:
+          UserError: as that; or the weights are spread over several processes.
+        """
+        if self.mesh.is_multi_process:
+            raise UserError(
+                "This cascade's weights are spread over several processes; save it from one."
+            )
         return bundle.save_bundle(
             folder, self._trained, self._text, self.text_encoder, dtype=dtype, overwrite=overwrite
         )
@@ -117,8 +152,9 @@ class Cascade:
           tile_overlap: pixels by which tiles overlap at least, likewise.
           size: (height, width) of the base picture; None is its training size.
           first_index: index of the first picture: `first_index=5` redraws the sixth alone.
-          batch_size: pictures that go through a network at once; memory grows with it. None is 1
-            on a CPU, where more gain nothing, and 8 elsewhere.
+          batch_size: pictures that go through a network at once, on all devices together, rounded
+            up to as many on each; memory grows with it. None is 1 on a CPU, where more gain
+            nothing, and 8 elsewhere.
           return_stages: give every stage's pictures.
           progress: show a bar.
 
@@ -161,7 +197,7 @@ class Cascade:
         batch_size: int | None = None,
         progress: bool = True,
         **changes,
-    ) -> Iterator[list[np.ndarray]]:
+    ) -> Iterator[batches.Batch]:
         """Draws pictures batch by batch, each through all stages, and keeps none of them.
 
         Args:
@@ -169,8 +205,9 @@ class Cascade:
           Others: as in `__call__`.
 
         Returns:
-          An iterator over batches, each a list of uint8 [B, H, W, 3], one a stage; together they
-          are `__call__`'s pictures in order.
+          An iterator over batches, each a sequence of uint8 [B, H, W, 3], one a stage; together
+          they are `__call__`'s pictures in order. Of several processes, each can have its own
+          pictures alone: see `Batch.own`.
 
         Raises:
           UserError: as `__call__`; for arguments at once, for diverged stages while iterating.
@@ -178,9 +215,12 @@ class Cascade:
         prompts = checked_prompts(prompt)
         count = len(prompts) * whole("num_images", num_images, 1, 2**32 // len(prompts))
         sizes, settings = stage_sizes(self.stages, size), self.settings(**changes)
-        request = self._request(prompts, count, seed, negative_prompt, first_index, batch_size)
+        how = seed, negative_prompt, first_index, batch_size
+        wanted = request(self.text_encoder, self.mesh, prompts, count, *how)
         every = range(len(self.stages))
-        return batches.draw(self._trained, request, every, settings, sizes, progress=progress)
+        return batches.draw(
+            self._trained, self.mesh, wanted, every, settings, sizes, progress=progress
+        )
 
     def upscale(
         self,
@@ -248,7 +288,7 @@ class Cascade:
         batch_size: int | None = None,
         progress: bool = True,
         **changes,
-    ) -> Iterator[list[np.ndarray]]:
+    ) -> Iterator[batches.Batch]:
         """Enlarges pictures batch by batch; to `upscale` what `draw_batches` is to `__call__`.
 
         Args:
@@ -256,7 +296,7 @@ class Cascade:
           Others: as in `upscale`.
 
         Returns:
-          An iterator over batches, each a list of one uint8 [B, H', W', 3].
+          An iterator over batches, each a sequence of one uint8 [B, H', W', 3].
 
         Raises:
           UserError: as `upscale`; for arguments at once, for a diverged stage while iterating.
@@ -273,10 +313,10 @@ class Cascade:
         count = len(lowres)
         if len(prompts) not in (1, count):
             raise UserError(f"{count} pictures have {len(prompts)} prompts; give one, or one each.")
-        request = self._request(prompts, count, seed, negative_prompt, first_index, batch_size)
-        return batches.draw(
-            self._trained, request, [stage], {stage: settings}, {stage: size}, lowres, progress
-        )
+        how = seed, negative_prompt, first_index, batch_size
+        wanted = request(self.text_encoder, self.mesh, prompts, count, *how)
+        only = [stage], {stage: settings}, {stage: size}
+        return batches.draw(self._trained, self.mesh, wanted, *only, lowres, progress)
 
     def settings(
         self,
@@ -302,34 +342,3 @@ class Cascade:
             tile=tile,
             tile_overlap=tile_overlap,
         )
-
-    def _request(
-        self, prompts, count, seed, negative_prompt, first_index, batch_size
-    ) -> batches.Request:
-        """Checks and encodes what drawing and enlarging have in common."""
-        whole("seed", seed, 0, 2**32 - 1)
-        whole("first_index", first_index, 0, 2**32 - count)
-        if batch_size is None:
-            batch_size = 1 if jax.default_backend() == "cpu" else 8
-        batch_size = whole("batch_size", batch_size, 1)
-        rows = batch_size if count > 1 else 1
-        null = self._led_away_from(negative_prompt)
-        text = self._encode(prompts)
-        return batches.Request(text, null, count // len(prompts), count, rows, seed, first_index)
-
-    def _encode(self, texts: list[str], what: str = "prompt") -> dict[str, np.ndarray]:
-        """text_emb [P, L, D] and text_mask [P, L]; a text without words has the null condition."""
-        emb, mask = self.text_encoder.encode(texts, what)
-        null_emb, null_mask = self.text_encoder.null()
-        blank = np.array([not text.strip() for text in texts]) | ~np.asarray(mask).any(axis=1)
-        return {
-            "text_emb": np.where(blank[:, None, None], null_emb, emb),
-            "text_mask": np.where(blank[:, None], null_mask, mask),
-        }
-
-    def _led_away_from(self, negative_prompt: str) -> dict[str, np.ndarray]:
-        """The condition that guidance leads away from, a batch of one."""
-        if checked_text(negative_prompt, "negative prompt").strip():
-            return self._encode([negative_prompt], "negative prompt")
-        null_emb, null_mask = self.text_encoder.null()
-        return {"text_emb": null_emb[None], "text_mask": null_mask[None]}

@@ -55,6 +55,14 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     return Mesh(arranged, AXES, axis_types=kinds)
 
 
+def all_devices() -> Mesh:
+    """A mesh that splits batches over all devices; a lone CPU's share its cores, so of it one."""
+    devices = jax.devices()
+    if devices[0].platform == "cpu" and jax.process_count() == 1:
+        devices = devices[:1]
+    return make_mesh(data=len(devices), fsdp=1, tensor=1, devices=devices)
+
+
 def parse_mesh(text: str) -> dict[str, int]:
     """Reads "data=4,fsdp=64"; an axis that isn't named has size 1, and -1 is what is left.
 

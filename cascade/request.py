@@ -1,0 +1,85 @@
+"""What to draw: arguments that drawing and enlarging have in common, checked, and texts encoded."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from cascade.arguments import whole
+from cascade.parallel.mesh import batch_shares
+from cascade.text.interface import TextEncoder, checked_text
+
+
+class Request(NamedTuple):
+    """Which pictures to draw, checked.
+
+    Attributes:
+      text: text_emb [P, L, D] and text_mask [P, L], of each prompt once.
+      null: likewise, a batch of one: what guidance leads away from.
+      images: pictures a prompt.
+      count: pictures in all.
+      rows: pictures that go through a network at once, on all devices together.
+      seed, first_index: picture i's randomness follows from (seed, first_index + i).
+    """
+
+    text: dict[str, np.ndarray]
+    null: dict[str, np.ndarray]
+    images: int
+    count: int
+    rows: int
+    seed: int
+    first_index: int
+
+
+def request(
+    encoder: TextEncoder,
+    mesh: Mesh,
+    prompts: Sequence[str],
+    count: int,
+    seed: int,
+    negative_prompt: str,
+    first_index: int,
+    batch_size: int | None,
+) -> Request:
+    """Checks the rest of what callers say, and encodes `prompts`, checked already.
+
+    Args:
+      encoder: the text encoder.
+      mesh: the devices that draw, over which a batch must divide.
+      count: pictures in all, a multiple of the prompts.
+      Others: as in `Cascade.__call__`.
+
+    Raises:
+      UserError: a value out of range, or a negative prompt that isn't text.
+    """
+    whole("seed", seed, 0, 2**32 - 1)
+    whole("first_index", first_index, 0, 2**32 - count)
+    if batch_size is None:
+        batch_size = 1 if mesh.devices.flat[0].platform == "cpu" else 8
+    batch_size = whole("batch_size", batch_size, 1)
+    shares = batch_shares(mesh)
+    rows = math.ceil((batch_size if count > 1 else 1) / shares) * shares
+    null = _led_away_from(encoder, negative_prompt)
+    text = _conditions(encoder, prompts, "prompt")
+    return Request(text, null, count // len(prompts), count, rows, seed, first_index)
+
+
+def _conditions(encoder: TextEncoder, texts: Sequence[str], what: str) -> dict[str, np.ndarray]:
+    """text_emb [P, L, D] and text_mask [P, L]; a text without words has the null condition."""
+    emb, mask = encoder.encode(texts, what)
+    null_emb, null_mask = encoder.null()
+    blank = np.array([not text.strip() for text in texts]) | ~np.asarray(mask).any(axis=1)
+    return {
+        "text_emb": np.where(blank[:, None, None], null_emb, emb),
+        "text_mask": np.where(blank[:, None], null_mask, mask),
+    }
+
+
+def _led_away_from(encoder: TextEncoder, negative_prompt: str) -> dict[str, np.ndarray]:
+    """The condition that guidance leads away from, a batch of one."""
+    if checked_text(negative_prompt, "negative prompt").strip():
+        return _conditions(encoder, [negative_prompt], "negative prompt")
+    null_emb, null_mask = encoder.null()
+    return {"text_emb": null_emb[None], "text_mask": null_mask[None]}
