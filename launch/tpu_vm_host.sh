@@ -8,6 +8,7 @@
 set -euo pipefail
 home=$HOME/cascade
 secrets=$HOME/.cascade-secrets
+this=$(realpath "${BASH_SOURCE[0]}")
 
 running() { [[ -e $home/pid ]] && kill -0 "$(<"$home/pid")" 2>/dev/null; }
 
@@ -71,11 +72,16 @@ start() {
   rm -f "$home/ended"
   cd "$home/source"
   # A session of its own, which outlives the ssh that started it.
-  setsid bash -c 'ended=$1; shift; code=0; "$@" || code=$?; echo "$code" >"$ended"' start \
-    "$home/ended" "$home/venv/bin/cascade" train --workdir "$workdir" "$@" \
+  setsid bash "$this" supervise "$home/venv/bin/cascade" train --workdir "$workdir" "$@" \
     >>"$home/train.log" 2>&1 </dev/null &
   echo $! >"$home/pid"
   echo "started"
+}
+
+supervise() {
+  local code=0
+  "$@" || code=$?
+  echo "$code" >"$home/ended"
 }
 
 status() {
@@ -91,6 +97,7 @@ status() {
 case ${1:-} in
   bootstrap) bootstrap "$2" ;;
   run) start "${@:2}" ;;
+  supervise) supervise "${@:2}" ;;
   status) status ;;
   logs) tail -n "$2" "$home/train.log" ;;
   *) echo "error: '${1:-}' isn't bootstrap, run, status or logs." >&2 && exit 2 ;;
