@@ -9,12 +9,14 @@ import logging
 import os
 import pathlib
 import signal
-import sys
+import traceback
 
 import click
 
 from cascade.commands import data, drawing, exchange, plan, training
-from cascade.errors import UserError
+from cascade.errors import Stopped, UserError
+from cascade.parallel import roll
+from cascade.parallel.environments import has_tpu
 
 
 class Terminated(KeyboardInterrupt):
@@ -44,17 +46,24 @@ class OneSentence(click.Group):
         try:
             with unwound_when_terminated():
                 return super().main(*args, standalone_mode=False, **kwargs)
+        except Stopped as stop:
+            if roll.is_first():
+                click.echo(stop)
         except UserError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(2)
+            roll.end(str(error), 2)
         except click.ClickException as error:
-            click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
-            sys.exit(2)
+            roll.end(" ".join(error.format_message().split()), 2)
         except (click.Abort, KeyboardInterrupt) as error:
             # click hides what it was, but keeps it as the cause; the codes are the shell's own.
             terminated = isinstance(error.__cause__ or error, Terminated)
-            click.echo(f"error: {'Terminated' if terminated else 'Interrupted'}.", err=True)
-            sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
+            code = 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+            roll.end("Terminated." if terminated else "Interrupted.", code)
+        except Exception:
+            if roll.current is None:
+                raise
+            roll.wait_for_news()  # it may come of another's end, which says more
+            traceback.print_exc()
+            roll.end("It failed, for the reason above.", 1)
 
 
 @click.group(
@@ -77,7 +86,7 @@ def main():
     logging.getLogger("jax").setLevel(logging.WARNING)  # it names every backend it doesn't find
     # libtpu looks for a TPU wherever it's installed, and complains of what it can't find
     # out: where there is none, what it asks for is made up, and nothing comes of it.
-    if not any(any(pathlib.Path("/dev").glob(nodes)) for nodes in ("accel*", "vfio/[0-9]*")):
+    if not has_tpu():
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 

@@ -4,6 +4,7 @@ import shlex
 import time
 from typing import NamedTuple
 
+import jax
 from tqdm import tqdm
 
 from cascade import registry
@@ -78,6 +79,7 @@ def embed(
             " DIR to keep them."
         )
     check_writable(folder, "cache")
+    progress = progress and jax.process_index() == 0
     began = time.perf_counter()
     mesh = make_mesh(**config.mesh)
     encoder = registry.build("text encoder", ENCODERS, config.text)

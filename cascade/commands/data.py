@@ -3,7 +3,9 @@
 import click
 
 from cascade.commands import CONFIG_COMMAND
+from cascade.commands.parameters import process_options
 from cascade.errors import UserError
+from cascade.parallel import roll
 
 
 @click.group()
@@ -73,17 +75,22 @@ def prepare(ctx, spec, out):
     type=click.Choice(["float16", "bfloat16", "int8"]),
     help="How states are stored. [default: the config's text_cache.dtype]",
 )
+@process_options
 @click.pass_context
-def embed(ctx, spec, out, dtype):
+def embed(ctx, spec, out, dtype, **cluster):
     """Embed all captions of a config's data ahead of training. Takes overrides as train does.
 
     Example: cascade embed --config configs/emoji/base64.py --out data/emoji-text --dtype int8
     """
     from cascade import config
     from cascade.embed import embed as run
+    from cascade.parallel.processes import connect
 
     loaded = config.load(spec, ctx.args)
-    click.echo(run(loaded, out, dtype=dtype))
+    connect(**cluster)
+    embedded = run(loaded, out, dtype=dtype)
+    if roll.is_first():
+        click.echo(embedded)
 
 
 COMMANDS = (data, embed)

@@ -17,3 +17,26 @@ class Numbers(click.ParamType):
         except ValueError:
             self.fail(f"{value!r} isn't a list of {self.kind.__name__}s such as 50,30.", param, ctx)
         return numbers if len(numbers) > 1 else numbers[0]
+
+
+def process_options(command):
+    """The options of a command that several processes may run together, one per machine or so."""
+    for option in reversed(
+        [
+            click.option(
+                "--coordinator",
+                metavar="HOST:PORT",
+                envvar="CASCADE_COORDINATOR",
+                help="Where process 0 listens, if several processes run this together. "
+                "[default: from Slurm, Open MPI or Cloud TPU, or alone]",
+            ),
+            click.option(
+                "--processes", type=int, envvar="CASCADE_PROCESSES", help="How many there are."
+            ),
+            click.option(
+                "--process", type=int, envvar="CASCADE_PROCESS", help="Which one this is, from 0."
+            ),
+        ]
+    ):
+        command = option(command)
+    return command

@@ -3,6 +3,7 @@
 import click
 
 from cascade.commands import CONFIG_COMMAND
+from cascade.commands.parameters import process_options
 
 
 @click.command()
@@ -28,19 +29,24 @@ def demo(workdir, minutes):
 @click.command(context_settings=CONFIG_COMMAND)
 @click.option("--config", "spec", required=True, help="path/to/config.py[:arg]; :smoke is tiny.")
 @click.option("--workdir", required=True, help="The run's folder; resumes what is in it.")
+@process_options
 @click.pass_context
-def train(ctx, spec, workdir):
+def train(ctx, spec, workdir, **cluster):
     """Train one stage. Any setting can be changed: --config.train.steps=1000.
 
-    A run that is resumed may change its length, learning rate, intervals and mesh, but not what
-    would make it another run: seed, stage, text, data, batch and optimiser.
+    A run that is resumed may change its length, learning rate, intervals, mesh and number of
+    processes, but not what would make it another run: seed, stage, text, data, batch and optimiser.
+    SIGTERM saves and stops it.
 
     Example: cascade train --config configs/emoji/base64.py --workdir runs/base
     """
     from cascade import config
+    from cascade.parallel.processes import connect
     from cascade.training.train import train as run
 
-    run(config.load(spec, ctx.args), workdir)
+    loaded = config.load(spec, ctx.args)
+    connect(**cluster, saves_when_terminated=True)
+    run(loaded, workdir)
 
 
 @click.command(context_settings=CONFIG_COMMAND)

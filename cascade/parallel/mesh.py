@@ -1,5 +1,6 @@
 """The device mesh: three named axes that a config gives sizes to."""
 
+import collections
 import math
 from collections.abc import Callable
 from typing import Any
@@ -97,6 +98,28 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh):
 def batch_shares(mesh: Mesh) -> int:
     """Over how many devices a batch is split: data × fsdp."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def process_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of each batch this process's devices hold: the i-th of n blocks, as (i, n).
+
+    Processes among whose devices only parameters are split (`tensor`) hold, and load, the same.
+
+    Raises:
+      UserError: some of two processes' rows are the same and some aren't.
+    """
+    held = collections.defaultdict(set)
+    shares = batch_shares(mesh)
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((shares,)).items():
+        held[device.process_index].add(rows.start or 0)
+    blocks = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, blocks)) != shares or len(set(map(len, blocks))) > 1:
+        raise UserError(
+            f"A batch can't be shared by {len(held)} processes over the mesh {dict(mesh.shape)}: "
+            "some would need part of another's; make data × fsdp a multiple of the number of "
+            "processes, or the other way round."
+        )
+    return blocks.index(tuple(sorted(held[jax.process_index()]))), len(blocks)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

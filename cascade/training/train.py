@@ -15,9 +15,10 @@ from cascade import config as configs
 from cascade import registry
 from cascade.data.loader import make_loader, make_source
 from cascade.data.sources import captions_of
-from cascade.errors import UserError
+from cascade.errors import Stopped, UserError
 from cascade.files import write_whole
 from cascade.parallel import mesh as meshes
+from cascade.parallel import processes
 from cascade.parallel.rules import shardings
 from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
@@ -42,6 +43,8 @@ FIXED = (
 )
 # What may: where the same data lies on this machine.
 PLACES = ("data_dir", "path", "files")
+# A run that has reached its last step leaves {"step": N} here.
+FINISHED = "finished.json"
 
 
 def train(config, workdir, *, progress: bool = True):
@@ -51,13 +54,17 @@ def train(config, workdir, *, progress: bool = True):
 
     Args:
       config: an experiment's config, already checked by `cascade.config.load`.
-      workdir: the run's folder: checkpoints, metrics.jsonl, tensorboard, samples, config.json.
+      workdir: the run's folder: checkpoints, metrics.jsonl, tensorboard, samples, config.json, and
+        once it has reached its last step finished.json. Several processes share it.
 
     Raises:
-      UserError: the data, the mesh or the folder doesn't fit, the loss stopped being a number, or
-        a checkpoint couldn't be written.
+      UserError: the data, the mesh or the folder doesn't fit, the loss stopped being a number,
+        a checkpoint couldn't be written, or processes disagree about the config.
+      Stopped: SIGTERM came, and the state was saved.
     """
     settings = config.train
+    processes.agree("config", without_places(configs.to_json(config)))
+    progress = progress and jax.process_index() == 0
     mesh = meshes.make_mesh(**config.mesh)
     meshes.check_batch(settings.batch_size, settings.microbatches, mesh)
     encoder = registry.build("text encoder", ENCODERS, config.text)
@@ -70,10 +77,10 @@ def train(config, workdir, *, progress: bool = True):
     placed = shardings(abstract, mesh, rules)
 
     sources = {train: make_source(config.data, train=train) for train in (True, False)}
-    texts, null_text = caption_arrays(config, encoder, mesh, sources.values())
+    texts, null_text = caption_arrays(config, encoder, mesh, sources.values(), progress)
     stage = Stage(config.stage, null_text)
-    batches = loader(config, sources[True], texts, train=True)
-    evaluation = loader(config, sources[False], texts, train=False)
+    batches = loader(config, mesh, sources[True], texts, train=True)
+    evaluation = loader(config, mesh, sources[False], texts, train=False)
     evaluation = list(itertools.islice(evaluation, settings.eval_batches))
 
     checkpoints = Checkpoints(workdir, keep_last=settings.keep_last, keep_every=settings.keep_every)
@@ -86,6 +93,7 @@ def train(config, workdir, *, progress: bool = True):
     if start >= settings.steps:
         logging.info("%s is already trained for %d steps.", workdir, start)
         checkpoints.close()
+        finish(workdir, start)
         return state
     write_config(config, workdir)
 
@@ -103,7 +111,12 @@ def train(config, workdir, *, progress: bool = True):
     bar = tqdm(
         total=settings.steps, initial=start, unit="step", disable=not progress, smoothing=0.05
     )
-    with bar, contextlib.closing(observer), contextlib.closing(checkpoints):
+    with (
+        processes.stopping() as asked_to_stop,
+        bar,
+        contextlib.closing(observer),
+        contextlib.closing(checkpoints),
+    ):
         try:
             for step in range(start + 1, settings.steps + 1):
                 with observer.waiting_for_input():
@@ -111,15 +124,21 @@ def train(config, workdir, *, progress: bool = True):
                 state, metrics = step_fn(state, batch, key)
                 observer.after_step(step, state, metrics, bar)
                 bar.update()
-                if due(step, settings.checkpoint_every) or step == settings.steps:
+                last = step == settings.steps or asked_to_stop(step)
+                if due(step, settings.checkpoint_every) or last:
                     observer.check_finite(step, metrics)
                     saved = configs.to_json(config), encoder.fingerprint
                     checkpoints.save(step, state, batches, *saved)
+                if last:
+                    break
         except KeyboardInterrupt:
             saved = checkpoints.latest() or 0
             raise UserError(
                 f"Interrupted at step {step}; the same command goes on from step {saved}."
             ) from None
+    if step < settings.steps:
+        raise Stopped(f"Stopped at step {step}, saved; the same command goes on.")
+    finish(workdir, step)
     return state
 
 
@@ -132,7 +151,7 @@ def check_width(config, encoder):
         )
 
 
-def caption_arrays(config, encoder, mesh, sources):
+def caption_arrays(config, encoder, mesh, sources, progress: bool):
     """Fills the cache of captions' states or, without one, gives the encoder its place on the mesh.
 
     A full cache has the null condition too, so that training from it loads no encoder's weights.
@@ -145,14 +164,16 @@ def caption_arrays(config, encoder, mesh, sources):
         encoder.place(mesh)
         return Tokenized(encoder), encoder.null()
     cache = EmbeddingCache(config.text_cache.folder, encoder, config.text_cache.dtype)
-    cache.ensure(["", *itertools.chain.from_iterable(map(captions_of, sources))], mesh)
+    captions = ["", *itertools.chain.from_iterable(map(captions_of, sources))]
+    cache.ensure(captions, mesh, progress=progress)
     (null_emb,), (null_mask,) = cache.lookup([""]).values()
     return cache.lookup, (null_emb, null_mask)
 
 
-def loader(config, source, texts, *, train: bool):
+def loader(config, mesh, source, texts, *, train: bool):
     """This process's share of a source's batches."""
-    stage, processes = config.stage, jax.process_count()
+    stage = config.stage
+    share, shares = meshes.process_share(mesh)
     return make_loader(
         config.data,
         source=source,
@@ -161,22 +182,38 @@ def loader(config, source, texts, *, train: bool):
         crop_resolution=stage.crop_resolution,
         texts=texts,
         seed=config.seed,
-        batch_size=config.train.batch_size // processes,
+        batch_size=config.train.batch_size // shares,
         train=train,
-        process_index=jax.process_index(),
-        process_count=processes,
+        process_index=share,
+        process_count=shares,
     )
 
 
 def write_config(config, workdir):
-    """Leaves the run's settings as `workdir/config.json`, for people and for `cascade bundle`."""
+    """Leaves the run's settings as `workdir/config.json`, for people and for `cascade bundle`.
+
+    The run isn't finished then, whatever it was before.
+    """
     if jax.process_index() == 0:
-        path = pathlib.Path(workdir) / "config.json"
+        folder = pathlib.Path(workdir)
         try:
-            write_whole(path, json.dumps(configs.to_json(config), indent=2))
+            write_whole(folder / "config.json", json.dumps(configs.to_json(config), indent=2))
+            (folder / FINISHED).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"Can't write {path} ({error.strerror}); give another --workdir."
+                f"Can't write {folder / 'config.json'} ({error.strerror}); give another --workdir."
+            ) from error
+
+
+def finish(workdir, step: int):
+    """Says in `workdir/finished.json` that there is nothing left to do: launchers look there."""
+    if jax.process_index() == 0:
+        try:
+            write_whole(pathlib.Path(workdir) / FINISHED, json.dumps({"step": step}))
+        except OSError as error:
+            raise UserError(
+                f"Can't write {FINISHED} in {workdir} ({error.strerror}); make room and run the "
+                "same command again."
             ) from error
 
 
@@ -188,16 +225,16 @@ def check_same_run(config, text_fingerprint: str, saved: dict, step: int):
       saved: the checkpoint's meta.
       step: its number.
     """
-    now, then = (_without_places(c) for c in (configs.to_json(config), saved["config"]))
-    now["text"], then["text"] = portable_text(now["text"]), portable_text(then["text"])
+    now, then = (without_places(c) for c in (configs.to_json(config), saved["config"]))
     for path in FIXED:
         ours, theirs = now, then
         for key in path.split("."):
             ours, theirs = ours.get(key), theirs.get(key)
         if ours != theirs:
+            where, ours, theirs = processes.first_difference(f"config.{path}", ours, theirs)
             raise UserError(
-                f"This working folder holds step {step} of another run: "
-                f"{_first_difference(f'config.{path}', ours, theirs)}; use another --workdir."
+                f"This working folder holds step {step} of another run: {where} is {ours!r} now "
+                f"and was {theirs!r}; use another --workdir."
             )
     if saved["text_fingerprint"] not in ("", text_fingerprint):
         raise UserError(
@@ -215,15 +252,15 @@ def portable_text(section: dict) -> dict:
     return {key: value for key, value in section.items() if key != "weights"}
 
 
-def _without_places(tree):
+def without_places(config: dict) -> dict:
+    """A config as JSON without where its data, captions' states and weights lie on this machine."""
+    kept = _without(PLACES, config)
+    kept["text"] = portable_text(kept["text"])
+    kept["text_cache"] = {**kept["text_cache"], "folder": bool(kept["text_cache"]["folder"])}
+    return kept
+
+
+def _without(keys, tree):
     if not isinstance(tree, dict):
         return tree
-    return {key: _without_places(value) for key, value in tree.items() if key not in PLACES}
-
-
-def _first_difference(path: str, ours, theirs) -> str:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in sorted(ours.keys() | theirs.keys()):
-            if ours.get(key) != theirs.get(key):
-                return _first_difference(f"{path}.{key}", ours.get(key), theirs.get(key))
-    return f"{path} is {ours!r} now and was {theirs!r}"
+    return {key: _without(keys, value) for key, value in tree.items() if key not in keys}
