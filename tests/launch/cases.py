@@ -74,14 +74,12 @@ def run(script: str, *words: str, path: Path | None = None, environment=(), **se
     """
     before = "" if path is None else f"{path}{os.pathsep}"
     whole = {**os.environ, "PATH": f"{before}{os.environ['PATH']}", **dict(environment)}
-    return subprocess.run(
-        command(script, *words),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=whole,
-        **settings,
+    done = subprocess.run(
+        command(script, *words), capture_output=True, timeout=120, env=whole, **settings
     )
+    # Not as text, which takes \r for \n.
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
 
 
 def dry_run(name: str) -> str:
