@@ -50,11 +50,11 @@ class Batch(Sequence):
 
         Every picture is some process's, and none is two's. Nothing is sent.
         """
-        for shard in self.stages[-1].addressable_shards:
-            first = shard.index[0].start or 0
-            if shard.replica_id == 0 and first < self.count:
-                for row, picture in enumerate(np.asarray(shard.data)[: self.count - first], first):
-                    yield self.start + row, picture
+        shards = [s for s in self.stages[-1].addressable_shards if s.replica_id == 0]
+        for first, shard in sorted({s.index[0].start or 0: s for s in shards}.items()):
+            kept = max(self.count - first, 0)
+            for row, picture in enumerate(np.asarray(shard.data)[:kept], first):
+                yield self.start + row, picture
 
     def first(self, most: int) -> Sequence[np.ndarray]:
         """Up to `most` of the last stage's pictures, on every process; they ask together."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -15,6 +16,7 @@ from tiny_cascade import TEXT, WordEncoder, stage_config, tiny_stages, trained
 
 import cascade
 from cascade import images, sample
+from cascade.batches import Batch
 from cascade.errors import UserError
 from cascade.pipeline import Cascade
 
@@ -402,11 +404,11 @@ def test_the_upscale_job(loadable, drawn, tmp_path):
 
 
 def test_only_the_very_same_request_replaces_a_file(loadable, tmp_path, monkeypatch):
-    blank = np.zeros((1, 16, 16, 3), np.uint8)
+    blank = jnp.zeros((1, 16, 16, 3), np.uint8)
     monkeypatch.setattr(
         loadable,
         "draw_batches",
-        lambda prompts, *_, **__: ([blank] for _ in prompts),
+        lambda prompts, *_, **__: (Batch(i, 1, [blank]) for i in range(len(prompts))),
     )
     long = "moon " * 20
     requests = [
