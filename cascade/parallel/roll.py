@@ -10,9 +10,11 @@ Messages are JSON, one a line. Imports nothing that is slow.
 
 import atexit
 import contextlib
+import ctypes
 import json
 import os
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -24,6 +26,7 @@ from cascade.errors import UserError
 LOST = 75  # exit code where another process was lost: EX_TEMPFAIL, "try again"
 GRACE = 3.0  # seconds for a process to say what itself failed of, when another has failed
 LONGEST = 2**16  # bytes of a message
+AGAIN = "Start all again with the same command, which goes on from what was saved."
 RETRY = 0.2  # seconds between calls to a coordinator that isn't there yet
 
 # The roll that this process is on, or None where it is alone.
@@ -213,6 +216,8 @@ class Roll:
     def __init__(self, process: int, processes: int, peers: dict[int, socket.socket]):
         self.process, self.processes, self.peers = process, processes, peers
         self.left = False
+        # jax calls abort() where its service is gone or hears nothing of a process any more.
+        ctypes.CDLL(None).signal(signal.SIGABRT, ABORTED)
         threading.Thread(target=self._watch, daemon=True).start()
         atexit.register(self.leave)
 
@@ -225,6 +230,14 @@ class Roll:
             code = code or 1
         for peer in self.peers.values():
             _send(peer, {"left": self.process, "code": code})
+
+    def outlive(self):
+        """On process 0, waits until the others have said why they stop: jax's service is here."""
+        end = time.monotonic() + 2 * GRACE
+        while self.process == 0 and time.monotonic() < end:
+            if all(_closed(peer) for peer in self.peers.values()):
+                return
+            time.sleep(0.05)
 
     def _watch(self):
         """Waits for news of the others."""
@@ -249,11 +262,7 @@ class Roll:
         for peer in self.peers.values() if self.process == 0 else ():
             _send(peer, {"left": index, "code": code})
         if code == LOST:
-            end(
-                f"Process {index} is gone: killed, or its machine or network failed. Start all "
-                "again with the same command, which goes on from what was saved.",
-                code,
-            )
+            end(f"Process {index} is gone: killed, or its machine or network failed. {AGAIN}", code)
         time.sleep(GRACE)
         if not self.left:
             end(f"Process {index} has failed, and its output tells of what; this one stops.", code)
@@ -267,8 +276,16 @@ def end(sentence: str, code: int):
     whose = f"process {current.process} of {current.processes}"
     print(f"error: {whose}: {sentence}", file=sys.stderr, flush=True)
     current.leave(code)
+    current.outlive()
     sys.stdout.flush()
     os._exit(code)  # jax would wait for the others, who wait for this one
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def ABORTED(number):
+    """What abort() calls, which no handler of Python's could outrun."""
+    os.write(2, b"\n")
+    end(f"jax gave up, for the reason above: another process is gone. {AGAIN}", LOST)
 
 
 def wait_for_news():
