@@ -2,7 +2,7 @@
 
 import click
 
-from cascade.commands.parameters import Numbers
+from cascade.commands.parameters import Numbers, process_options
 
 
 def drawing_options(command):
@@ -49,12 +49,29 @@ def drawing_options(command):
             click.option(
                 "--batch-size",
                 type=int,
-                help="Pictures drawn at once. [default: 1 on a CPU, else 8]",
+                help="Pictures drawn at once, on all devices together; at least 1 on each. "
+                "[default: 1 on a CPU, else 8]",
             ),
+            click.option(
+                "--mesh",
+                help="How devices share the work, like data=4,fsdp=2: pictures are split over data "
+                "and fsdp, weights over fsdp and tensor. [default: pictures over all devices]",
+            ),
+            process_options,
         ]
     ):
         command = option(command)
     return command
+
+
+def joined(mesh, coordinator, processes, process):
+    """The mesh that was asked for, or None, once the other processes are there."""
+    from cascade.parallel.mesh import make_mesh, parse_mesh
+    from cascade.parallel.processes import connect
+
+    sizes = mesh and parse_mesh(mesh)
+    connect(coordinator, processes, process)
+    return make_mesh(**sizes) if sizes else None
 
 
 @click.command()
@@ -69,11 +86,15 @@ def drawing_options(command):
 )
 @click.option("--size", help="HEIGHTxWIDTH of the base picture. [default: the bundle's]")
 @click.option("--out", default="out", show_default=True, help="Folder for the PNG files.")
-def sample(bundle, prompt, num, out, **options):
+def sample(bundle, prompt, num, out, mesh, coordinator, processes, process, **options):
     """Draw pictures from a prompt.
+
+    Several processes, each started with the same command, draw together and each write a part of
+    the pictures; docs/drawing_at_scale.md says how.
 
     Example: cascade sample --bundle my-bundle --prompt "a red apple" --steps 50,30 --guidance 5,2
     """
+    options["mesh"] = joined(mesh, coordinator, processes, process)
     from cascade.sample import sample_to_folder
 
     for path in sample_to_folder(bundle, list(prompt), out, num_images=num, **options):
@@ -86,14 +107,18 @@ def sample(bundle, prompt, num, out, **options):
 @click.option("--prompt", default="", help="What it shows.")
 @click.option("--stage", default=1, show_default=True, help="Which stage enlarges; 1 is the first.")
 @click.option("--out", default="upscaled.png", show_default=True, help="The PNG file to write.")
-def upscale(bundle, image, out, **options):
+def upscale(bundle, image, out, mesh, coordinator, processes, process, **options):
     """Enlarge a picture with a super-resolution stage.
 
     Example: cascade upscale --bundle my-bundle --image photo.png --prompt "a cat" --out big.png
     """
+    options["mesh"] = joined(mesh, coordinator, processes, process)
+    from cascade.parallel.roll import is_first
     from cascade.sample import upscale_to_file
 
-    click.echo(upscale_to_file(bundle, image, out, **options))
+    written = upscale_to_file(bundle, image, out, **options)
+    if is_first():
+        click.echo(written)
 
 
 COMMANDS = (sample, upscale)

@@ -38,7 +38,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     if math.prod(sizes) != len(devices):
         raise UserError(
             f"Mesh {wished} needs {math.prod(sizes)} devices but {len(devices)} are here; "
-            "change config.mesh so that the sizes multiply to that number, or use one -1."
+            "choose mesh sizes that multiply to that number, or make one -1: what is left."
         )
     # The Explicit default of jax.make_mesh fails on a sharded convolution kernel.
     kinds = (AxisType.Auto,) * 3
@@ -48,8 +48,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     if sizes[0] % slices:
         raise UserError(
             f"Mesh {wished} splits batches {sizes[0]} ways over `data`, but there are {slices} "
-            "slices, between which only batches are split; make config.mesh.data a multiple of "
-            f"{slices}."
+            f"slices, between which only batches are split; make data a multiple of {slices}."
         )
     inside = (sizes[0] // slices, *sizes[1:])
     arranged = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
