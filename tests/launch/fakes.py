@@ -20,6 +20,7 @@ for ((i = 0; i < SLURM_NTASKS; i++)); do
   SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 \
     SLURM_STEP_NUM_TASKS=$SLURM_NTASKS "$@" >"$TASKS/$i.$SLURM_RESTART_COUNT" 2>&1 &
   tasks+=($!)
+  echo $! >"$TASKS/$i.$SLURM_RESTART_COUNT.pid"
 done
 worst=0
 for task in "${tasks[@]}"; do
@@ -53,7 +54,7 @@ SCONTROL = """#!/usr/bin/env bash
 """
 
 CASCADE = f"""#!/usr/bin/env bash
-exec "{sys.executable}" -m cascade.cli "$@"
+exec "{sys.executable}" -c 'from cascade.cli import main; main()' "$@"
 """
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cases import BUCKET, CASES, IMAGE, LAUNCH, PLACE, run
-from fakes import RECORDER, install, records
+from fakes import RECORDER, SCONTROL, install, records
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -110,17 +110,31 @@ def test_a_pod_hands_its_words_on_and_tells_saved_from_finished(tmp_path):
     assert records(kept) == [told] * 4
 
 
-@pytest.mark.parametrize(("code", "calls"), [("2", 1), ("1", 3)])
-def test_a_job_tries_again_unless_the_input_is_wrong(tmp_path, code, calls):
-    tools = install(tmp_path / "tools", **TOOLS, sleep="#!/usr/bin/env bash\n")
+# What srun ends with, how often it is called, and whether the job is requeued: saved, a mistake in
+# the input, something else.
+@pytest.mark.parametrize(("code", "calls", "again"), [(0, 1, True), (2, 1, False), (1, 3, False)])
+def test_a_job_tries_again_or_is_requeued(tmp_path, code, calls, again):
+    tools = install(tmp_path / "tools", **TOOLS, scontrol=SCONTROL, sleep="#!/usr/bin/env bash\n")
     kept = tmp_path / "records"
     kept.mkdir()
-    environment = {"RECORDS": str(kept), "ENDS_WITH": code, "SLURM_JOB_ID": "1"}
-    words = (str(LAUNCH), str(tmp_path), "2", "100", "", "cascade", "train")
+    environment = {"RECORDS": str(kept), "ENDS_WITH": str(code), "TASKS": str(tmp_path)}
+    environment |= {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "4"}
+    words = (str(LAUNCH), str(tmp_path), "2", "5", "", "cascade", "train")
     done = run("slurm_job.sh", *words, path=tools, environment=environment)
-    assert done.returncode == int(code), done.stderr
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "requeued").exists() == again
     told = ["srun", "--kill-on-bad-exit=0", "--wait=120", "cascade", "train"]
     assert records(kept) == [told] * calls
+
+
+def test_requeues_are_bounded(tmp_path):
+    tools = install(tmp_path / "tools", **TOOLS, scontrol=SCONTROL)
+    environment = {"RECORDS": str(tmp_path), "TASKS": str(tmp_path), "SLURM_JOB_ID": "1"}
+    words = (str(LAUNCH), str(tmp_path), "2", "5", "", "cascade", "train")
+    environment["SLURM_RESTART_COUNT"] = "5"
+    done = run("slurm_job.sh", *words, path=tools, environment=environment)
+    assert done.returncode == 2 and "after 5 requeues" in done.stderr
+    assert not (tmp_path / "requeued").exists()
 
 
 def test_secrets_are_on_no_command_line(tmp_path):

@@ -1,0 +1,73 @@
+"""Slurm's variables, made up, drive real processes to a finished training through a preemption."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from cases import command
+from fakes import CASCADE, SBATCH, SCONTROL, SRUN, install
+
+STEPS = 30
+# The processes of job J meet at port 61440 + J mod 4096; one that no other run here has.
+JOB = 4096 + os.getpid() % 4096
+
+
+def steps_logged(workdir: Path) -> list[int]:
+    """The steps of metrics.jsonl that have a loss, in the order they were written."""
+    try:
+        text = (workdir / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    return [row["step"] for row in rows if "loss" in row]
+
+
+def wait_until(condition, job: subprocess.Popen, seconds: float = 400):
+    """Returns once it holds; fails where the job ends before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert job.poll() is None and time.monotonic() < end, job.communicate()
+        time.sleep(0.02)
+
+
+def test_a_job_is_requeued_when_stopped_and_finishes(tmp_path):
+    tools = install(
+        tmp_path / "tools", cascade=CASCADE, sbatch=SBATCH, srun=SRUN, scontrol=SCONTROL
+    )
+    tasks, workdir = tmp_path / "tasks", tmp_path / "a run"
+    tasks.mkdir()
+    environment = {
+        **os.environ,
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "JOB": str(JOB),
+        "TASKS": str(tasks),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    }
+    words = [
+        *("--config", "configs/emoji/base64.py:smoke", f"--config.train.steps={STEPS}"),
+        *("--config.train.log_every=1", "--config.train.checkpoint_every=1000"),
+        *("--config.train.batch_size=2", "--config.train.eval_every=0"),
+        "--config.train.sample_every=0",
+        f"--config.text_cache.folder={tmp_path}/the captions' cache",
+    ]
+    launch = command("slurm.sh", "--workdir", str(workdir), "--tasks-per-node", "2", "--", *words)
+    job = subprocess.Popen(
+        launch, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        # The time limit is near, as --signal tells the batch script alone.
+        wait_until(lambda: steps_logged(workdir), job)
+        os.kill(int((tasks / "batch").read_text()), signal.SIGUSR1)
+        said = job.communicate(timeout=400)[0]
+    finally:
+        job.kill()
+    wrote = {path.name: path.read_text() for path in sorted(tasks.glob("?.?"))}
+    assert job.returncode == 0, (said, wrote)
+    assert said.count(f"requeueing job {JOB}") == 1
+    assert sorted(wrote) == ["0.0", "0.1", "1.0", "1.1"]
+    assert json.loads((workdir / "finished.json").read_text())["step"] == STEPS
+    assert steps_logged(workdir) == list(range(1, STEPS + 1))  # each once, none left out
+    assert "Stopped at step" in wrote["0.0"] and "Stopped at step" not in wrote["0.1"]
