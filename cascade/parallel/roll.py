@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -29,6 +30,8 @@ LONGEST = 2**16  # bytes of a message
 AGAIN = "Start all again with the same command, which goes on from what was saved."
 RETRY = 0.2  # seconds between calls to a coordinator that isn't there yet
 
+# Held, and never given back, by the thread that ends this process.
+ENDING = threading.RLock()
 # The roll that this process is on, or None where it is alone.
 current: "Roll | None" = None
 
@@ -51,7 +54,7 @@ def answer(place, wait: float, silence: float) -> str:
     hello = {
         "process": place.process,
         "processes": place.processes,
-        "versions": {name: metadata.version(name) for name in ("cascade-imagen", "jax")},
+        "versions": versions(),
     }
     host, _, port = place.coordinator.rpartition(":")
     end = time.monotonic() + wait
@@ -71,6 +74,11 @@ def answer(place, wait: float, silence: float) -> str:
         _keep_alive(peer, silence)
     current = Roll(place.process, place.processes, peers)
     return address
+
+
+def versions() -> dict[str, str]:
+    """Of what all processes must have the same."""
+    return {name: metadata.version(name) for name in ("cascade-imagen", "jax")}
 
 
 def _receive(opened, port: int, hello: dict, end: float, wait: float) -> dict[int, socket.socket]:
@@ -186,10 +194,11 @@ def _read(peer: socket.socket) -> object:
 
 
 def _closed(peer: socket.socket) -> bool:
-    """Whether the other end of a connection, on which nothing is expected, was closed."""
+    """Whether the other end was closed; what it has sent before is dropped."""
     try:
-        return peer.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
+        while select.select([peer], [], [], 0)[0]:
+            if not peer.recv(LONGEST):
+                return True
         return False
     except OSError:
         return True
@@ -273,6 +282,7 @@ def end(sentence: str, code: int):
     if current is None:
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(code)
+    ENDING.acquire()  # only once, whoever is first
     whose = f"process {current.process} of {current.processes}"
     print(f"error: {whose}: {sentence}", file=sys.stderr, flush=True)
     current.leave(code)
@@ -289,8 +299,9 @@ def ABORTED(number):
 
 
 def wait_for_news():
-    """After an unforeseen failure: if another process is gone, `Roll` ends this one meanwhile."""
+    """After an unforeseen failure: returns only if no other process's end explains it."""
     time.sleep(GRACE)
+    ENDING.acquire()
 
 
 def is_first() -> bool:
