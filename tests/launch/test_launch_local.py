@@ -75,7 +75,7 @@ def test_saved_but_not_finished_goes_on(plan):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_all_and_nothing_is_started_again(plan, tmp_path, number):
     words, environment = plan("saves finish", "saves 0")
-    # A shell can't catch Ctrl-C where it was started with that ignored, as a suite in the background.
+    # A shell that was started with Ctrl-C ignored, as a suite in the background is, can't catch it.
     keyboard = signal.signal(signal.SIGINT, signal.default_int_handler)
     launch = subprocess.Popen(
         command("local.sh", *words, *CONFIG), env={**os.environ, **environment},

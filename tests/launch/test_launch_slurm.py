@@ -1,5 +1,6 @@
 """Slurm's variables, made up, drive real processes to a finished training through a preemption."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from cases import command
 from fakes import CASCADE, SBATCH, SCONTROL, SRUN, install
+from one_level import flags
 
 STEPS = 30
 # The processes of job J meet at port 61440 + J mod 4096; one that no other run here has.
@@ -46,24 +48,29 @@ def test_a_job_is_requeued_when_stopped_and_finishes(tmp_path):
         "TASKS": str(tasks),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
     }
-    words = [
-        *("--config", "configs/emoji/base64.py:smoke", f"--config.train.steps={STEPS}"),
-        *("--config.train.log_every=1", "--config.train.checkpoint_every=1000"),
-        *("--config.train.batch_size=2", "--config.train.eval_every=0"),
-        "--config.train.sample_every=0",
-        f"--config.text_cache.folder={tmp_path}/the captions' cache",
-    ]
+    overrides = flags(
+        train__steps=STEPS,
+        train__batch_size=2,
+        train__log_every=1,
+        train__checkpoint_every=1000,  # only where it is stopped, and in the end
+        train__eval_every=0,
+        train__sample_every=0,
+        text_cache__folder=f"{tmp_path}/the captions' cache",
+    )
+    words = ["--config", "configs/emoji/base64.py:smoke", *overrides]
     launch = command("slurm.sh", "--workdir", str(workdir), "--tasks-per-node", "2", "--", *words)
     job = subprocess.Popen(
-        launch, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        launch, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        process_group=0,
+    )  # fmt: skip
     try:
         # The time limit is near, as --signal tells the batch script alone.
         wait_until(lambda: steps_logged(workdir), job)
         os.kill(int((tasks / "batch").read_text()), signal.SIGUSR1)
         said = job.communicate(timeout=400)[0]
     finally:
-        job.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
     wrote = {path.name: path.read_text() for path in sorted(tasks.glob("?.?"))}
     assert job.returncode == 0, (said, wrote)
     assert said.count(f"requeueing job {JOB}") == 1
