@@ -2,7 +2,7 @@
 # What the launchers share: sentences, quoting, dry runs, secrets, starting again. To be sourced.
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
-  echo "error: this needs bash 4.4 or newer and found $BASH_VERSION; install it (brew install bash)." >&2
+  echo "error: this needs bash 4.4 or newer and found $BASH_VERSION; install a newer one." >&2
   exit 2
 fi
 
@@ -117,12 +117,12 @@ another_try() {
   ((lasted < LASTING)) || failures=0
   failures=$((failures + 1))
   if ((failures > retries)); then
-    say "Ended with code $code before the training was finished, $failures times in a row: giving up."
+    say "Ended with code $code, not finished, $failures times in a row; giving up."
     return 1
   fi
   pause=$((backoff * (1 << (failures < 10 ? failures - 1 : 9))))
   pause=$((pause < 600 ? pause : 600))
-  say "Ended with code $code before the training was finished; try $failures of $retries in $pause s."
+  say "Ended with code $code before the end; try $failures of $retries in $pause s."
   # Signals are handled while this waits, not after.
   sleep "$pause" &
   wait $! || true

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What a pod of launch/gke.py runs: trains, and ends with 90 where it was stopped before the training
-# was finished, upon which the JobSet starts again.
+# What a pod of launch/gke.py runs: trains, and ends with 90 where it was stopped before the end;
+# the JobSet starts again then.
 #
 # Usage: gke_pod.sh WORKDIR WORD...   the words are what `cascade train` takes beyond --workdir
 set -euo pipefail

@@ -71,7 +71,7 @@ if [[ $dry_run == yes ]]; then
     echo "$(quoted env "${settings[@]}" "${train[@]}") &"
   done
   echo "wait"
-  echo "# Again, at most $retries times in a row, until $(quoted "$workdir/finished.json") is there."
+  echo "# Until $(quoted "$workdir/finished.json") is there, again; at most $retries times in a row."
   exit 0
 fi
 

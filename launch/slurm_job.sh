@@ -33,8 +33,9 @@ while [[ $stopping == no ]]; do
   ((code != 0)) || stopping=yes
   [[ $stopping == yes ]] || another_try $((SECONDS - began)) "$code" "$retries" 10 || exit "$code"
 done
-if ((${SLURM_RESTART_COUNT:-0} >= requeues)); then
-  fail "stopped before the end after ${SLURM_RESTART_COUNT:-0} requeues; submit the same command again."
+count=${SLURM_RESTART_COUNT:-0}
+if ((count >= requeues)); then
+  fail "stopped before the end after $count requeues; submit the same again."
 fi
 say "Stopped before the end; requeueing job $SLURM_JOB_ID, which goes on from what was saved."
 scontrol requeue "$SLURM_JOB_ID"

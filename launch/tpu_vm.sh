@@ -171,11 +171,9 @@ delete() {
 
 # What Google says of it; NONE where there is none, UNKNOWN where it can't be asked.
 state() {
-  local told
-  told=$("${tpus[@]}" describe "$name" "${place[@]}" --format="value($state_of)" 2>&1) && {
-    printf '%s\n' "${told##*$'\n'}"
-    return
-  }
+  local ask=("${tpus[@]}" describe "$name" "${place[@]}" --format="value($state_of)") told
+  if "${ask[@]}" 2>/dev/null; then return; fi
+  told=$("${ask[@]}" 2>&1 >/dev/null) || true
   case $told in
     *NOT_FOUND* | *"not found"*) echo NONE ;;
     *) say "$told"; echo UNKNOWN ;;
@@ -212,7 +210,7 @@ finish() {
 train() {
   local prepared=no code began
   pack
-  trap 'say "Watching ends; $name goes on and costs: train again watches it, delete ends it."; exit 130' INT TERM
+  trap 'say "$name goes on and costs; train again watches it, delete ends it."; exit 130' INT TERM
   while :; do
     began=$SECONDS code=1
     case $(state) in
@@ -236,7 +234,8 @@ train() {
         delete || true
         ;;
       UNKNOWN) ;; # what gcloud said is printed
-      *) sleep "$poll"; continue ;; # it is being created, repaired or deleted, or waits in the queue
+      # It is being created, repaired or deleted, or waits in the queue.
+      *) sleep "$poll"; continue ;;
     esac
     another_try $((SECONDS - began)) "$code" "$retries" "$backoff" || finish 1
   done

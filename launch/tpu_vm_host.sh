@@ -2,7 +2,7 @@
 # What launch/tpu_vm.sh runs on every worker of a TPU VM, where it lies in the home folder.
 #
 #   tpu_vm_host.sh bootstrap gs://BUCKET/WORKDIR   mount the bucket, install what was uploaded there
-#   tpu_vm_host.sh run gs://BUCKET/WORKDIR WORD... start `cascade train` with these words, and return
+#   tpu_vm_host.sh run gs://BUCKET/WORKDIR WORD... start `cascade train` with these words, return
 #   tpu_vm_host.sh status                          print "running", "ended CODE" or "idle"
 #   tpu_vm_host.sh logs LINES                      print the last lines of its log
 set -euo pipefail

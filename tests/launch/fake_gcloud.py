@@ -5,6 +5,7 @@
     workers/I            worker I's home folder, gone with the TPU VMs
     calls                a line of JSON for each call
     outages              how many more calls of ssh fail, as a lost connection does
+    full                 how many more calls to create fail for want of TPUs
 
 Commands by ssh run through `bash -c`, as at the other end of a real one.
 """
@@ -25,6 +26,16 @@ def local(place: str) -> Path:
     return CLOUD / "buckets" / place[5:] if place.startswith("gs://") else Path(place)
 
 
+def fails(name: str) -> bool:
+    """Whether a call is one of those that the file of this name counts; counts it."""
+    file = CLOUD / name
+    if not file.exists():
+        return False
+    left = int(file.read_text()) - 1
+    file.write_text(str(left)) if left else file.unlink()
+    return True
+
+
 def on_workers(action) -> int:
     """Calls an action with each worker's home; the highest code."""
     if not (CLOUD / "state").exists() or (CLOUD / "state").read_text() not in ("READY", "ACTIVE"):
@@ -35,10 +46,7 @@ def on_workers(action) -> int:
 def ssh(words: list[str]) -> int:
     """Runs --command=... on all workers."""
     (command,) = (word[10:] for word in words if word.startswith("--command="))
-    outages = CLOUD / "outages"
-    if outages.exists():
-        left = int(outages.read_text()) - 1
-        outages.write_text(str(left)) if left else outages.unlink()
+    if fails("outages"):
         return 255
 
     def run(home: Path) -> int:
@@ -66,6 +74,9 @@ def tpus(verb: str, kind: str, words: list[str]) -> int:
     if verb == "create":
         if state.exists():
             print("ERROR: ALREADY_EXISTS", file=sys.stderr)
+            return 1
+        if fails("full"):
+            print("ERROR: RESOURCE_EXHAUSTED", file=sys.stderr)
             return 1
         for index in range(WORKERS):
             (CLOUD / "workers" / str(index)).mkdir(parents=True)

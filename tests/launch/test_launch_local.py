@@ -69,7 +69,7 @@ def test_a_mistake_in_the_input_isnt_tried_again(plan, tmp_path):
 def test_saved_but_not_finished_goes_on(plan):
     words, environment = plan("0 finish", "0 0")
     done = run("local.sh", *words, *CONFIG, environment=environment)
-    assert done.returncode == 0 and "Ended with code 0 before" in done.stderr
+    assert done.returncode == 0 and "Ended with code 0 before the end" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -110,12 +110,15 @@ def test_what_was_preempted_is_created_again_and_goes_on(cloud, what, queue):
     assert cloud.verbs() == ["create", "delete", "create", "delete"] and not cloud.left()
 
 
-def test_failures_and_lost_connections_are_tried_again(cloud):
+def test_failures_lost_connections_and_a_full_zone_are_tried_again(cloud):
     cloud.plan("1", "saved", "finish")
+    (cloud.folder / "full").write_text("1")
     (cloud.folder / "outages").write_text("2")
     done = cloud.train("--keep")
     assert done.returncode == 0, done.stderr
-    assert cloud.verbs() == ["create"] and cloud.left() and "goes on costing" in done.stderr
+    assert (
+        cloud.verbs() == ["create", "create"] and cloud.left() and "goes on costing" in done.stderr
+    )
 
 
 def test_tries_are_bounded_and_what_failed_is_deleted(cloud):
