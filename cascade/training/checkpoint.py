@@ -5,6 +5,7 @@ checkpoint as it was. It doesn't notice a flipped bit and has no way back from a
 folder; the checksum and `restore` here add both.
 """
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -32,13 +33,33 @@ def checksum(tree) -> int:
     """
     total = np.zeros((), np.uint64)
     for leaf in jax.tree.leaves(tree):
-        for shard in leaf.addressable_shards:
-            if shard.replica_id == 0:
-                words = np.asarray(shard.data).view(f"uint{8 * leaf.dtype.itemsize}")
-                total += words.sum(dtype=np.uint64)
+        for part in _own_parts(leaf):
+            words = np.asarray(part).view(f"uint{8 * leaf.dtype.itemsize}")
+            total += words.sum(dtype=np.uint64)
     if jax.process_count() > 1:
         total = multihost_utils.process_allgather(total.astype(np.uint32)).sum(dtype=np.uint64)
     return int(total % 2**32)
+
+
+def checksums(state) -> dict[str, int]:
+    """The checksum of each of a state's parts, by name; the whole's is their sum mod 2³²."""
+    parts = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        parts.setdefault(jax.tree_util.keystr(path[:1], simple=True), []).append(leaf)
+    return {name: checksum(leaves) for name, leaves in parts.items()}
+
+
+def check_sum(tree, saved: int):
+    """Raises a ValueError unless a tree's checksum is what was saved."""
+    if checksum(tree) != saved:
+        raise ValueError("its checksum doesn't match its contents")
+
+
+def _own_parts(leaf):
+    """What a process has of an array, each element on one process only."""
+    if isinstance(leaf, jax.Array):
+        return [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
+    return [leaf]
 
 
 def ignore_late_callbacks():
@@ -100,11 +121,13 @@ class Checkpoints:
         Raises:
           UserError: this or the previous checkpoint couldn't be written; older ones stay good.
         """
+        sums = checksums(state)
         meta = {
             "format_version": FORMAT_VERSION,
             "config": config,
             "text_fingerprint": text_fingerprint,
-            "checksum": checksum(state),
+            "checksum": sum(sums.values()) % 2**32,
+            "checksums": sums,
         }
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -152,12 +175,48 @@ class Checkpoints:
         Raises:
           UserError: `check`'s, or there are checkpoints but none is whole.
         """
+
+        def read(step: int, meta: dict):
+            check(meta, step)
+            return self._state(step, meta, abstract_state, iterator)
+
+        return self._newest_whole(read)
+
+    def restore_ema(self, abstract_state):
+        """The averaged parameters of the newest checkpoint that is whole, or None; on one process.
+
+        They are read to this host, whatever mesh they were on, and nothing else is: a quarter of
+        the state. Of a checkpoint by a version that gave only the whole state a checksum, all is.
+
+        Args:
+          abstract_state: as in `restore`; shardings don't matter.
+
+        Returns:
+          (step, tree of numpy arrays, meta) or None.
+
+        Raises:
+          UserError: there are checkpoints but none is whole.
+        """
+
+        def read(step: int, meta: dict):
+            alone = "checksums" in meta
+            fields = [field.name for field in dataclasses.fields(abstract_state)]
+            item = {k: getattr(abstract_state, k) for k in (["ema_params"] if alone else fields)}
+            on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            wanted = ocp.args.PyTreeRestore(item=item, restore_args=on_host, partial_restore=True)
+            state = self.manager.restore(step, args=ocp.args.Composite(state=wanted)).state
+            check_sum(state, meta["checksums"]["ema_params"] if alone else meta["checksum"])
+            return state["ema_params"]
+
+        return self._newest_whole(read)
+
+    def _newest_whole(self, read):
+        """(step, read(step, meta), meta) of the newest checkpoint that `read` can read, or None."""
         damaged = []
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
                 meta = self._meta(step)
-                check(meta, step)
-                state = self._state(step, meta, abstract_state, iterator)
+                state = read(step, meta)
             except (UserError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # not the checkpoint's fault
             except Exception as error:  # Orbax raises that very class where data is missing
@@ -194,8 +253,7 @@ class Checkpoints:
     def _state(self, step: int, meta: dict, abstract_state, iterator):
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         state = self.manager.restore(step, args=items).state
-        if checksum(state) != meta["checksum"]:
-            raise ValueError("its checksum doesn't match its contents")
+        check_sum(state, meta["checksum"])
         if iterator is not None:
             # Grain's own restoring wants as many processes as there were.
             files = sorted((self.folder / str(step) / "data").glob("process_*-of-*.json"))

@@ -12,13 +12,11 @@ from cascade import bundle, registry
 from cascade import config as configs
 from cascade.errors import UserError
 from cascade.files import check_place
-from cascade.parallel.mesh import make_mesh
-from cascade.parallel.rules import shardings
 from cascade.stage import Stage
 from cascade.text.encoders import ENCODERS
 from cascade.training.checkpoint import Checkpoints
 from cascade.training.optim import make_optimizer
-from cascade.training.state import init_state, with_shardings
+from cascade.training.state import init_state
 from cascade.training.train import portable_text
 
 
@@ -31,7 +29,7 @@ class Run(NamedTuple):
 
 
 def read_run(workdir) -> Run:
-    """A run's config and its newest whole checkpoint's EMA weights.
+    """A run's config and its newest whole checkpoint's EMA weights, in this host's memory.
 
     Raises:
       UserError: the folder isn't a run's, or it holds no checkpoint yet.
@@ -55,14 +53,13 @@ def read_run(workdir) -> Run:
     stage = Stage(config.stage)
     create = functools.partial(init_state, stage, make_optimizer(config.train))
     abstract = jax.eval_shape(create, jax.random.key(0))
-    here = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.local_devices()[:1])
     checkpoints = Checkpoints(workdir, read_only=True)
-    restored = checkpoints.restore(with_shardings(abstract, shardings(abstract, here)))
+    restored = checkpoints.restore_ema(abstract)
     checkpoints.close()
     if restored is None:
         raise UserError(f"{workdir} holds no checkpoint: the stage is untrained; train it first.")
-    step, state, meta = restored
-    trained = bundle.TrainedStage(stage, state.ema_params, step)
+    step, ema_params, meta = restored
+    trained = bundle.TrainedStage(stage, ema_params, step)
     return Run(config, trained, meta["text_fingerprint"])
 
 

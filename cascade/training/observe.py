@@ -2,15 +2,23 @@
 
 import contextlib
 import functools
+import math
 import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cascade.errors import UserError
 from cascade.images import contact_sheet, save_png, to_uint8
+from cascade.parallel.mesh import (
+    batch_sharding,
+    batch_shares,
+    replicated,
+    split_rows,
+    whole_on_host,
+)
 from cascade.stage import summarise
 from cascade.training.metrics import Metrics, peak_flops
 
@@ -26,19 +34,22 @@ class Observer:
     Metrics stay on the device until they are logged, so that no step waits for the host.
 
     Args:
+      mesh: where the state lies. Of several processes, all observe together.
       put_batch: a batch of numpy arrays -> global arrays, captions' states among them.
       start: steps done before.
-      evaluation: this process's held-out batches.
+      evaluation: this process's held-out batches, as many as any other's.
     """
 
-    def __init__(self, stage, config, workdir, put_batch, start: int, evaluation: list[dict]):
+    def __init__(
+        self, stage, config, workdir, mesh: Mesh, put_batch, start: int, evaluation: list[dict]
+    ):
         self.stage, self.settings, self.put_batch = stage, config.train, put_batch
+        self.mesh = mesh
         self.workdir = pathlib.Path(workdir)
         self.metrics = Metrics(workdir, start)
         self.evaluation = evaluation
-        # A sheet is drawn where one process holds all of the parameters.
-        self.draws = bool(evaluation) and jax.process_count() == 1
-        self.evaluate = jax.jit(functools.partial(stage.loss, train=False))
+        loss = functools.partial(stage.loss, train=False)
+        self.evaluate = jax.jit(loss, out_shardings=replicated(mesh))
         # Training folds 1 into the seed's key; evaluation and samples have numbers of their own.
         seed = jax.random.key(config.seed)
         self.eval_key, self.sample_key = (jax.random.fold_in(seed, purpose) for purpose in (2, 3))
@@ -66,7 +77,9 @@ class Observer:
             self._log(step, bar)
         if self.evaluation and (due(step, settings.eval_every) or (settings.eval_every and last)):
             self._evaluate(step, state)
-        if self.draws and (due(step, settings.sample_every) or (settings.sample_every and last)):
+        if self.evaluation and (
+            due(step, settings.sample_every) or (settings.sample_every and last)
+        ):
             self._sample(step, state)
 
     def check_finite(self, step: int, metrics):
@@ -116,21 +129,36 @@ class Observer:
         self.since += time.perf_counter() - began
 
     def _sample(self, step: int, state):
-        """A sheet of samples beside the held-out pictures whose captions they were drawn from."""
+        """A sheet of samples beside the held-out pictures whose captions they were drawn from.
+
+        They are drawn where the parameters lie, at least one on each device; the host gets those
+        that are shown.
+        """
         began = time.perf_counter()
-        first = self.put_batch(self.evaluation[0])
-        batch = {k: np.asarray(v[: self.settings.sample_count]) for k, v in first.items()}
-        cond = {k: v for k, v in batch.items() if k in ("text_emb", "text_mask", "lowres")}
-        count = len(batch["image"])
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.sample_key, jnp.arange(count))
+        batch = self.put_batch(self.evaluation[0])
+        count = min(self.settings.sample_count, len(batch["image"]))
+        rows = math.ceil(count / batch_shares(self.mesh)) * batch_shares(self.mesh)
+        split = functools.partial(split_rows, mesh=self.mesh)
+        shown = {k: batch[k] for k in ("lowres", "image") if k in batch}
+        cond = {k: batch[k] for k in ("text_emb", "text_mask", "lowres") if k in batch}
+        cond = jax.device_put({k: v[:rows] for k, v in cond.items()}, batch_sharding(self.mesh))
+        null = {
+            k: split(np.broadcast_to(v, (rows, *v.shape))) for k, v in self.stage.null_cond.items()
+        }
+        keys = _keys(self.sample_key, split(np.arange(rows, dtype=np.uint32)))
         size = batch["image"].shape[1:3]
-        null = {k: jnp.broadcast_to(v, cond[k].shape) for k, v in self.stage.null_cond.items()}
-        drawn = self.stage.draw(state.ema_params, cond, null, keys, self.stage.settings(), size)
-        rows = [batch["image"], np.asarray(drawn)]
-        if "lowres" in batch:
-            rows.insert(0, batch["lowres"])
-        sheet = contact_sheet([to_uint8(picture) for row in rows for picture in row], columns=count)
-        self.metrics.picture(step, "samples", sheet)
+        shown["drawn"] = self.stage.draw(
+            state.ema_params, cond, null, keys, self.stage.settings(), size
+        )
+        lines = [to_uint8(whole_on_host(pictures[:count])) for pictures in shown.values()]
         if self.metrics.writes:
+            sheet = contact_sheet([picture for line in lines for picture in line], columns=count)
+            self.metrics.picture(step, "samples", sheet)
             save_png(self.workdir / "samples" / f"{step:08d}.png", sheet)
         self.since += time.perf_counter() - began
+
+
+@jax.jit
+def _keys(key, indices):
+    """One key a picture: fold_in(key, index)."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, indices)

@@ -8,7 +8,6 @@ import logging
 import pathlib
 
 import jax
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from cascade import config as configs
@@ -19,7 +18,8 @@ from cascade.errors import Stopped, UserError
 from cascade.files import write_whole
 from cascade.parallel import mesh as meshes
 from cascade.parallel import processes
-from cascade.parallel.rules import shardings
+from cascade.parallel.layout import Layout
+from cascade.parallel.rules import of_config, shardings
 from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
 from cascade.text.encoders import ENCODERS
@@ -27,7 +27,7 @@ from cascade.text.on_the_fly import Tokenized, encoded
 from cascade.training.checkpoint import Checkpoints
 from cascade.training.observe import Observer, due
 from cascade.training.optim import make_optimizer
-from cascade.training.state import init_state, make_train_step, with_shardings
+from cascade.training.state import init_state, jit_train_step, with_shardings
 
 # Of a config, what a resumed run may not change without becoming another run.
 FIXED = (
@@ -73,12 +73,12 @@ def train(config, workdir, *, progress: bool = True):
     optimizer = make_optimizer(settings)
     create = functools.partial(init_state, stage, optimizer)
     abstract = jax.eval_shape(create, jax.random.key(config.seed))
-    rules = [(pattern, P(*spec)) for pattern, spec in config.sharding_rules]
+    rules = of_config(config)
     placed = shardings(abstract, mesh, rules)
 
     sources = {train: make_source(config.data, train=train) for train in (True, False)}
     texts, null_text = caption_arrays(config, encoder, mesh, sources.values(), progress)
-    stage = Stage(config.stage, null_text)
+    stage = Stage(config.stage, null_text, Layout.of(mesh, rules))
     batches = loader(config, mesh, sources[True], texts, train=True)
     evaluation = loader(config, mesh, sources[False], texts, train=False)
     evaluation = list(itertools.islice(evaluation, settings.eval_batches))
@@ -97,16 +97,12 @@ def train(config, workdir, *, progress: bool = True):
         return state
     write_config(config, workdir)
 
-    step_fn = jax.jit(
-        make_train_step(stage, optimizer, settings),
-        donate_argnums=0,
-        out_shardings=(placed, meshes.replicated(mesh)),
-    )
+    step_fn = jit_train_step(stage, optimizer, settings, mesh, placed)
 
     def placed_batch(batch):
         return encoded(encoder, meshes.put_batch(batch, mesh))
 
-    observer = Observer(stage, config, workdir, placed_batch, start, evaluation)
+    observer = Observer(stage, config, workdir, mesh, placed_batch, start, evaluation)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     bar = tqdm(
         total=settings.steps, initial=start, unit="step", disable=not progress, smoothing=0.05
