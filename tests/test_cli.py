@@ -229,6 +229,21 @@ def test_bad_data(files, source, said, tmp_path):
     assert said in sentence("train", "--config", config, "--workdir", tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--processes", "2"], "--coordinator HOST:PORT and --process I are missing"),
+        (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "Process 2 of 2 can't be"),
+        (["--coordinator", "a", "--processes", "2", "--process", "1"], "should be HOST:PORT"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "embed"])
+def test_bad_places_among_processes(command, options, said, tmp_path):
+    place = ["--workdir", tmp_path / "run"] if command == "train" else ["--out", tmp_path / "out"]
+    assert said in sentence(command, "--config", SMOKE, *place, *options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_bundling_an_untrained_run(tmp_path):
     assert "train" in sentence("bundle", "--stages", tmp_path, "--out", tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
