@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -66,6 +67,9 @@ def connect(
         ) from error
     if place.process > 0:
         logging.getLogger().setLevel(logging.WARNING)
+    # Gloo gives the others 30 s to come to the first collective, so it is done while all are here.
+    with _nothing_printed():
+        multihost_utils.sync_global_devices("connected")
 
 
 def agree(what: str, config: dict):
@@ -130,6 +134,20 @@ def stopping() -> Iterator[Callable[[int], bool]]:
         yield lambda step: asked.is_set()
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _nothing_printed():
+    """Drops what libraries print where results go, to the standard output: Gloo counts ranks."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _seconds(name: str, usual: int) -> int:
