@@ -23,6 +23,7 @@ from cascade.errors import UserError  # noqa: E402
 from cascade.parallel.topology import parse  # noqa: E402
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # the pods' host names are longer by 23
+LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
 BUCKET = re.compile(r"gs://([a-z0-9._-]+)/([^\x00-\x1f]+)")
 PORT = 8476
 
@@ -153,9 +154,22 @@ def manifest(settings: dict, words: tuple[str, ...]) -> dict:
     return fill(yaml.safe_load((HERE / template).read_text(encoding="utf-8")), values)
 
 
+class Dumper(yaml.SafeDumper):
+    """Writes text in double quotes, but for plain words: YAML's readers differ in what they take
+    for a number or a line's end."""
+
+
+def _represent_text(dumper: Dumper, text: str):
+    plain = re.fullmatch(r"[A-Za-z][\w./-]{2,}", text, re.ASCII)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+Dumper.add_representer(str, _represent_text)
+
+
 def as_yaml(tree: dict) -> str:
     """YAML text, for people too: keys in their order, unicode as it is."""
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
 def kubectl(words: list[str], *, dry_run: bool, text: str | None = None):
@@ -180,17 +194,23 @@ def kubectl(words: list[str], *, dry_run: bool, text: str | None = None):
         raise UserError(f"kubectl {words[0]} ended with code {done.returncode}; see above.")
 
 
-def valid_name(ctx, param, value):
-    """A name that Kubernetes takes."""
-    if value is not None and not NAME.fullmatch(value):
-        raise click.BadParameter(
-            f"{value!r}; give lower-case letters, digits and dashes, at most 40 of them."
-        )
-    return value
+def matching(pattern: re.Pattern, what: str):
+    """A check for click: an option's value, where there is one, is what the pattern says."""
+
+    def check(ctx, param, value):
+        if value is not None and not pattern.fullmatch(value):
+            raise click.BadParameter(f"{value!r}; give {what}.", ctx, param)
+        return value
+
+    return check
 
 
-name_option = click.option("--name", required=True, callback=valid_name, help="The JobSet's name.")
-namespace_option = click.option("--namespace", default="default", show_default=True)
+own_name = matching(NAME, "lower-case letters, digits and dashes, at most 40")
+others_name = matching(LABEL, "the name of one, of lower-case letters, digits, dashes and dots")
+name_option = click.option("--name", required=True, callback=own_name, help="The JobSet's name.")
+namespace_option = click.option(
+    "--namespace", default="default", show_default=True, callback=others_name
+)
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would be run.")
 
 
@@ -210,16 +230,28 @@ def main():
 @dry_run_option
 @click.option("--image", required=True, help="Of launch/Dockerfile.")
 @click.option("--workdir", required=True, help="gs://BUCKET/PATH, or with --claim a path in it.")
-@click.option("--claim", help="A volume claim that all pods may write to, instead of a bucket.")
+@click.option(
+    "--claim",
+    callback=others_name,
+    help="A volume claim that all pods may write to, instead of a bucket.",
+)
 @click.option("--topology", help="TPU slices, like v5e-256; 2xv5e-256 is two of them.")
 @click.option("--chips-per-host", type=click.Choice(["1", "4", "8"]), help="[default: 4]")
 @click.option("--gpus", help="Kind of GPU and how many a node has, like nvidia-h100-80gb:8.")
 @click.option("--nodes", type=click.IntRange(1), default=1, help="GPU nodes.", show_default=True)
-@click.option("--queue", help="Kueue's LocalQueue to wait in. [default: none, start at once]")
-@click.option("--priority", help="Kueue's WorkloadPriorityClass.")
+@click.option(
+    "--queue",
+    callback=others_name,
+    help="Kueue's LocalQueue to wait in. [default: none, start at once]",
+)
+@click.option("--priority", callback=others_name, help="Kueue's WorkloadPriorityClass.")
 @click.option("--spot", is_flag=True, help="On spot nodes: cheaper, and may be preempted.")
-@click.option("--secret", help="A Secret in the namespace, whose entries pods have as environment.")
-@click.option("--service-account", help="That may write to the bucket.")
+@click.option(
+    "--secret",
+    callback=others_name,
+    help="A Secret in the namespace, whose entries pods have as environment.",
+)
+@click.option("--service-account", callback=others_name, help="That may write to the bucket.")
 @click.option("--restarts", type=click.IntRange(0), default=10, show_default=True)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="-- --config CONFIG ...")
 def up(words, dry_run, chips_per_host, **settings):

@@ -71,6 +71,7 @@ MISTAKES = {
     "tpu_vm: a config of mine": ("tpu_vm.sh", TPU, ("--config=mine.py",), "commit it"),
     "gke: no name": ("gke.py", without("--name", GKE), AWKWARD, "--name"),
     "gke: a long name": ("gke.py", (*GKE, "--name", "n" * 41), AWKWARD, "at most 40"),
+    "gke: an odd queue": ("gke.py", (*GKE, "--queue", "My Queue"), AWKWARD, "My Queue"),
     "gke: no image": ("gke.py", without("--image", GKE), AWKWARD, "--image"),
     "gke: a local folder": ("gke.py", (*GKE, "--workdir", "/tmp/x"), AWKWARD, "gs://"),
     "gke: out of the claim": ("gke.py", (*GKE, "--claim", "c", "--workdir", "../x"), AWKWARD, "in"),

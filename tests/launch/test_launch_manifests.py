@@ -147,8 +147,29 @@ def expanded(word: str, variables: dict[str, str]) -> str:
 # All text but half characters, which no command line in UTF-8 holds, and NUL, which none does.
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 TRICKY = st.lists(
-    TEXT | st.sampled_from(["$", "$$", "$(HOME)", "${HOME}", "$((", "'", '"', "\\", "\n", "- a: b"])
+    TEXT
+    | st.sampled_from(
+        ["$", "$$", "$(HOME)", "${HOME}", "$((", "'", '"', "\\", "\n", "- a: b", "\x85", "\u2028"]
+    )
 ).map("".join)
+
+
+def test_what_some_reader_takes_for_no_text_is_in_quotes():
+    for text in (
+        "y",
+        "0o14",
+        "1_000",
+        "0x1F",
+        "1e3",
+        "",
+        "~",
+        "null",
+        "Yes",
+        "12:30:00",
+        "=",
+        "\x85",
+    ):
+        assert gke.as_yaml({"key": text})[5:6] in ("'", '"'), text
 
 
 @given(st.lists(TRICKY))
