@@ -20,6 +20,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 
 from cascade.data.buckets import Bucketed
 from cascade.data.decoded import decoded
+from cascade.data.fingerprint import first_change
 from cascade.data.judge import PADDING, Fill, Judge, Skipped
 from cascade.data.mixture import Mixture
 from cascade.data.order import MixedOrder, Order
@@ -165,11 +166,12 @@ class Position(grain.DatasetIterator):
 
     def _check_same(self, then: dict[str, Any]):
         if then != self._held:
-            told = "{records} records in {files} files of {bytes} bytes (names and sizes {digest})"
+            told = "{records} records in {files} files of {bytes} bytes (digest {digest})"
+            named = first_change(then["listing"], self._held["listing"])
             raise UserError(
-                f"The training data changed under this run: it was {told.format(**then)} at the "
-                f"checkpoint and is {told.format(**self._held)} now; put back what was there, or "
-                "train in another --workdir."
+                f"The training data changed under this run{named and ': '}{named}. It was "
+                f"{told.format(**then)} at the checkpoint and is {told.format(**self._held)} now; "
+                "put back what was there, or train in another --workdir."
             )
 
 

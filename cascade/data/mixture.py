@@ -33,11 +33,16 @@ class Mixture:
         self._ends = np.cumsum([len(source) for source in self._sources.values()])
         parts = self._sources.items()
         self.fingerprint = _digest(f"{k} {self._weights[k]} {s.fingerprint}" for k, s in parts)
-        held = [source.contents for source in self._sources.values()]
+        held = {name: source.contents for name, source in parts}
         self.contents = {
-            "files": sum(part["files"] for part in held),
-            "bytes": sum(part["bytes"] for part in held),
-            "digest": _digest(part["digest"] for part in held)[:16],
+            "files": sum(part["files"] for part in held.values()),
+            "bytes": sum(part["bytes"] for part in held.values()),
+            "digest": _digest(part["digest"] for part in held.values())[:16],
+            "listing": {
+                f"{name}: {file}": row
+                for name, part in held.items()
+                for file, row in part["listing"].items()
+            },
         }
 
     def __reduce__(self):

@@ -148,7 +148,8 @@ class Synthetic:
             raise UserError("A synthetic source needs records, side and captions of 1 or more.")
         self._arguments = (records, side, captions, seed)
         self.fingerprint = fingerprint([], self._arguments)
-        self.contents = {"files": 0, "bytes": 0, "digest": self.fingerprint[:16]}
+        digest = self.fingerprint[:16]
+        self.contents = {"files": 0, "bytes": 0, "digest": digest, "listing": {}}
 
     def __reduce__(self):
         return (Synthetic, self._arguments)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_tars import picture, write_tar
 
+from cascade.data import fingerprint
 from cascade.data.loader import make_loader
 from cascade.data.prepare import build_emoji, write_records
 from cascade.data.preprocess import BrokenPicture
@@ -92,25 +93,39 @@ def test_a_checkpoint_goes_on_where_the_data_moved_to(shards, tmp_path):
 def add(shards):
     file = sorted(shards.iterdir())[0]
     shutil.copy(file, file.with_name("more.array_record"))
+    return "'more.array_record' is new"
 
 
 def remove(shards):
-    sorted(shards.iterdir())[-1].unlink()
+    file = sorted(shards.iterdir())[-1]
+    file.unlink()
+    return f"{file.name!r} is gone"
 
 
 def rename(shards):
-    sorted(shards.iterdir())[0].rename(shards / "z.array_record")
+    file = sorted(shards.iterdir())[0]
+    file.rename(shards / "z.array_record")
+    return f"{file.name!r} is gone"
 
 
-@pytest.mark.parametrize("change", [add, remove, rename])
+def exchange(shards):
+    """The order that records come in, under the same names."""
+    first, second, *_ = sorted(shards.iterdir())
+    first.rename(shards / "aside")
+    second.rename(first)
+    (shards / "aside").rename(second)
+    return f"{first.name!r} has other contents"
+
+
+@pytest.mark.parametrize("change", [add, remove, rename, exchange])
 def test_a_changed_list_of_shards_is_told(shards, tmp_path, change):
     stream = loader(of_shards(shards))
     next(stream)
     checkpoints = saved(stream, tmp_path / "run")
-    change(shards)
+    named = change(shards)
     now = len(list(shards.iterdir()))
     with pytest.raises(
-        UserError, match=rf"changed under this run: .*40 records in 4 files.* in {now} files"
+        UserError, match=rf"changed under this run: {named}.*40 records in 4 files.* in {now} files"
     ):
         checkpoints.restore(shape(), loader(of_shards(shards)))
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()  # not taken for damaged
@@ -139,6 +154,15 @@ def test_a_changed_tar_is_told(tmp_path):
     )
     with pytest.raises(UserError, match=r"was 6 records.* is 7 records"):
         loader(source).set_state(state)
+
+
+def test_of_many_files_some_are_sampled_and_none_named(shards, monkeypatch):
+    monkeypatch.setattr(fingerprint, "LISTED", 2)
+    state = loader(of_shards(shards)).get_state()
+    assert state["data"]["listing"] == {}
+    exchange(shards)
+    with pytest.raises(UserError, match=r"changed under this run\. It was 40 records"):
+        loader(of_shards(shards)).set_state(state)
 
 
 @pytest.mark.parametrize("kept", [0, 1000, 65536, -1])
