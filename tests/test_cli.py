@@ -8,7 +8,9 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from one_level import flags
 from PIL import Image
+from processes import QUICK
 from tiny_cascade import stage_config, trained
 
 from cascade.bundle import save_bundle
@@ -342,10 +344,11 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     def train(limit, steps):
         return subprocess.run(
             [sys.executable, "-c", FULL_DISK, str(limit), "train", "--config", SMOKE,
-             "--workdir", str(workdir), f"--config.train.steps={steps}",
-             "--config.train.checkpoint_every=1", f"--config.text_cache.folder={tmp_path}/cache",
-             "--config.train.eval_every=99", "--config.train.sample_every=99"],
-            capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}, check=False,
+             "--workdir", str(workdir), *flags(
+                 train__steps=steps, train__checkpoint_every=1, train__eval_every=99,
+                 train__sample_every=99, text_cache__folder=tmp_path / "cache",
+             )],
+            capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": QUICK}, check=False,
         )  # fmt: skip
 
     first = train("none", 1)

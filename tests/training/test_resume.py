@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from one_level import flags
+from processes import QUICK
 
 from cascade import config
 from cascade.parallel.mesh import make_mesh
@@ -56,7 +57,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     overrides = flags(**SETTINGS, text_cache__folder=folder / "text_cache")
     # One device, as a user has; the fake devices are for the sharding tests.
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": QUICK}
 
     def run(name, fatal):
         command = [sys.executable, "-c", TRAIN, str(folder / name), str(fatal), *overrides]
