@@ -76,12 +76,8 @@ def train(config, workdir, *, progress: bool = True):
     rules = of_config(config)
     placed = shardings(abstract, mesh, rules)
 
-    sources = {train: make_source(config.data, train=train) for train in (True, False)}
-    texts, null_text = caption_arrays(config, encoder, mesh, sources.values(), progress)
+    batches, evaluation, null_text = inputs(config, encoder, mesh, progress)
     stage = Stage(config.stage, null_text, Layout.of(mesh, rules))
-    batches = loader(config, mesh, sources[True], texts, train=True)
-    evaluation = loader(config, mesh, sources[False], texts, train=False)
-    evaluation = list(itertools.islice(evaluation, settings.eval_batches))
 
     checkpoints = Checkpoints(workdir, keep_last=settings.keep_last, keep_every=settings.keep_every)
     same_run = functools.partial(check_same_run, config, encoder.fingerprint)
@@ -112,26 +108,21 @@ def train(config, workdir, *, progress: bool = True):
         bar,
         contextlib.closing(observer),
         contextlib.closing(checkpoints),
+        interruptible(checkpoints),
     ):
-        try:
-            for step in range(start + 1, settings.steps + 1):
-                with observer.waiting_for_input():
-                    batch = placed_batch(next(batches))
-                state, metrics = step_fn(state, batch, key)
-                observer.after_step(step, state, metrics, bar)
-                bar.update()
-                last = step == settings.steps or asked_to_stop(step)
-                if due(step, settings.checkpoint_every) or last:
-                    observer.check_finite(step, metrics)
-                    saved = configs.to_json(config), encoder.fingerprint
-                    checkpoints.save(step, state, batches, *saved)
-                if last:
-                    break
-        except KeyboardInterrupt:
-            saved = checkpoints.latest() or 0
-            raise UserError(
-                f"Interrupted at step {step}; the same command goes on from step {saved}."
-            ) from None
+        for step in range(start + 1, settings.steps + 1):
+            with observer.waiting_for_input():
+                batch = placed_batch(next(batches))
+            state, metrics = step_fn(state, batch, key)
+            observer.after_step(step, state, metrics, bar)
+            bar.update()
+            last = step == settings.steps or asked_to_stop(step)
+            if due(step, settings.checkpoint_every) or last:
+                observer.check_finite(step, metrics)
+                saved = configs.to_json(config), encoder.fingerprint
+                checkpoints.save(step, state, batches, *saved)
+            if last:
+                break
     if step < settings.steps:
         raise Stopped(f"Stopped at step {step}, saved; the same command goes on.")
     finish(workdir, step)
@@ -145,6 +136,25 @@ def check_width(config, encoder):
             f"config.stage.text_width is {config.stage.text_width} but the text encoder "
             f"{config.text.name!r} gives {encoder.width}; set it to that."
         )
+
+
+@contextlib.contextmanager
+def interruptible(checkpoints):
+    """Turns Ctrl-C inside `with` into a sentence that says where the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = checkpoints.latest() or 0
+        raise UserError(f"Interrupted; the same command goes on from step {saved}.") from None
+
+
+def inputs(config, encoder, mesh, progress: bool):
+    """This process's endless training batches, its held-out ones, and the null condition."""
+    sources = {train: make_source(config.data, train=train) for train in (True, False)}
+    texts, null_text = caption_arrays(config, encoder, mesh, sources.values(), progress)
+    batches = loader(config, mesh, sources[True], texts, train=True)
+    evaluation = loader(config, mesh, sources[False], texts, train=False)
+    return batches, list(itertools.islice(evaluation, config.train.eval_batches)), null_text
 
 
 def caption_arrays(config, encoder, mesh, sources, progress: bool):
