@@ -12,12 +12,13 @@ shift 5
 [[ -z $secrets ]] || read_secrets "$secrets"
 
 # USR1: the time limit is near (--signal), or preemption where Slurm is set to say so; TERM:
-# preemption. srun hands the signal on to its tasks, which save at the same step and end with 0.
-stopping=no running=()
+# preemption. The tasks have TERM then, save at the same step and end with 0. Not by way of srun,
+# which takes TERM to mean that it is to kill them; scancel leaves this script alone.
+stopping=no
 # shellcheck disable=SC2329 # the trap calls it
 stop() {
   stopping=yes
-  ((${#running[@]} == 0)) || kill -TERM "${running[@]}" 2>/dev/null || true
+  scancel --signal=TERM "$SLURM_JOB_ID" || true
 }
 trap stop USR1 TERM
 
@@ -25,7 +26,6 @@ while [[ $stopping == no ]]; do
   began=$SECONDS code=0
   # Where a task is killed the others stop by themselves; those that don't are ended after 120 s.
   srun --kill-on-bad-exit=0 --wait=120 "$@" &
-  running=($!)
   wait_for 120 $! || code=$?
   [[ ! -e $workdir/finished.json ]] || exit "$code"
   [[ $code != 2 || $stopping == yes ]] || exit 2 # a mistake in the input stays one

@@ -11,11 +11,11 @@ printf '%s\\0' "${0##*/}" "$@" >"$(mktemp "$RECORDS/XXXXXX")"
 exit "${ENDS_WITH:-0}"
 """
 
-# One step of a job: a process a task, told its place as Slurm tells it; signals are handed on.
+# One step of a job: a process a task, told its place as Slurm tells it. SIGTERM kills the tasks.
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == -* ]]; do shift; done
 tasks=()
-trap 'kill -TERM "${tasks[@]}"' TERM
+trap 'kill -KILL "${tasks[@]}"' TERM
 for ((i = 0; i < SLURM_NTASKS; i++)); do
   SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 \
     SLURM_STEP_NUM_TASKS=$SLURM_NTASKS "$@" >"$TASKS/$i.$SLURM_RESTART_COUNT" 2>&1 &
@@ -47,6 +47,12 @@ while :; do
   [[ -e $TASKS/requeued ]] || exit "$code"
   SLURM_RESTART_COUNT=$((SLURM_RESTART_COUNT + 1))
 done
+"""
+
+# A signal for the tasks of a job, and not for its script.
+SCANCEL = """#!/usr/bin/env bash
+[[ $1 == --signal=TERM && $2 == "$SLURM_JOB_ID" ]] && kill -TERM $(cat "$TASKS"/*.pid)
+rm "$TASKS"/*.pid
 """
 
 SCONTROL = """#!/usr/bin/env bash

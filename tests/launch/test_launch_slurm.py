@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from cases import command
-from fakes import CASCADE, SBATCH, SCONTROL, SRUN, install
+from fakes import CASCADE, SBATCH, SCANCEL, SCONTROL, SRUN, install
 from one_level import flags
 
 STEPS = 30
@@ -27,18 +27,16 @@ def steps_logged(workdir: Path) -> list[int]:
     return [row["step"] for row in rows if "loss" in row]
 
 
-def wait_until(condition, job: subprocess.Popen, seconds: float = 400):
-    """Returns once it holds; fails where the job ends before."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert job.poll() is None and time.monotonic() < end, job.communicate()
-        time.sleep(0.02)
+def outputs(tasks: Path) -> dict[str, str]:
+    """What each task of each start wrote, by TASK.START."""
+    return {path.name: path.read_text() for path in sorted(tasks.glob("?.?"))}
 
 
 def test_a_job_is_requeued_when_stopped_and_finishes(tmp_path):
     tools = install(
-        tmp_path / "tools", cascade=CASCADE, sbatch=SBATCH, srun=SRUN, scontrol=SCONTROL
-    )
+        tmp_path / "tools", cascade=CASCADE, sbatch=SBATCH, srun=SRUN, scancel=SCANCEL,
+        scontrol=SCONTROL,
+    )  # fmt: skip
     tasks, workdir = tmp_path / "tasks", tmp_path / "a run"
     tasks.mkdir()
     environment = {
@@ -58,20 +56,24 @@ def test_a_job_is_requeued_when_stopped_and_finishes(tmp_path):
         text_cache__folder=f"{tmp_path}/the captions' cache",
     )
     words = ["--config", "configs/emoji/base64.py:smoke", *overrides]
-    launch = command("slurm.sh", "--workdir", str(workdir), "--tasks-per-node", "2", "--", *words)
+    options = ("--workdir", str(workdir), "--tasks-per-node", "2", "--retries", "0")
+    launch = command("slurm.sh", *options, "--", *words)
     job = subprocess.Popen(
         launch, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         process_group=0,
     )  # fmt: skip
     try:
         # The time limit is near, as --signal tells the batch script alone.
-        wait_until(lambda: steps_logged(workdir), job)
+        end = time.monotonic() + 400
+        while not steps_logged(workdir):
+            assert job.poll() is None and time.monotonic() < end, outputs(tasks)
+            time.sleep(0.02)
         os.kill(int((tasks / "batch").read_text()), signal.SIGUSR1)
         said = job.communicate(timeout=400)[0]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
-    wrote = {path.name: path.read_text() for path in sorted(tasks.glob("?.?"))}
+    wrote = outputs(tasks)
     assert job.returncode == 0, (said, wrote)
     assert said.count(f"requeueing job {JOB}") == 1
     assert sorted(wrote) == ["0.0", "0.1", "1.0", "1.1"]
