@@ -11,8 +11,9 @@ from pathlib import Path
 from cases import command
 from fakes import CASCADE, SBATCH, SCANCEL, SCONTROL, SRUN, install
 from one_level import flags
+from processes import QUICK
 
-STEPS = 30
+STEPS = 20
 # The processes of job J meet at port 61440 + J mod 4096; one that no other run here has.
 JOB = 4096 + os.getpid() % 4096
 
@@ -44,7 +45,7 @@ def test_a_job_is_requeued_when_stopped_and_finishes(tmp_path):
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
         "JOB": str(JOB),
         "TASKS": str(tasks),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {QUICK}",
     }
     overrides = flags(
         train__steps=STEPS,
