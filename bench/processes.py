@@ -65,6 +65,7 @@ def start(command: list[str], count: int, **options) -> list[subprocess.Popen]:
     shared = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # to be at the first step sooner
         "CASCADE_COORDINATOR": address,
         "CASCADE_PROCESSES": str(count),
     }
@@ -80,7 +81,7 @@ def seconds(count: int, folder: Path, number: signal.Signals, victim: int) -> fl
     cache = f"--config.text_cache.folder={folder / 'cache'}"
     place = ["--config", "configs/emoji/base64.py:smoke", "--workdir", str(folder / "run")]
     before = last_step(folder / "run")
-    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # exit codes tell
     processes = start([*TRAIN, *place, *settings, cache], count, **silent)
     while last_step(folder / "run") < before + 10:
         if any(process.poll() is not None for process in processes):

@@ -34,6 +34,31 @@ def wait():
 main(["wait"])
 """
 
+SHARES = """
+import jax, numpy as np
+from cascade.parallel.mesh import make_mesh, process_share, put_batch, whole_on_host
+from cascade.parallel.processes import connect
+
+connect()
+mixed = [jax.devices()[i] for i in (0, 2, 1, 3)]
+for sizes, devices, count in [
+    ((4, 1, 1), None, 2),
+    ((1, 2, 2), None, 2),
+    ((2, 1, 2), mixed, 1),  # each process has a half of the parameters, and of both halves' rows
+    ((1, 1, 4), None, 1),
+    ((4, 1, 1), mixed, 2),
+]:
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes)), devices=devices)
+    index, shares = process_share(mesh)
+    assert (index, shares) == (jax.process_index() if count == 2 else 0, count), (sizes, index)
+    rows = np.arange(8.0).reshape(shares, -1)[index]
+    whole = whole_on_host(put_batch({"rows": rows}, mesh)["rows"])
+    assert sorted(whole) == list(range(8))
+    if devices is None:
+        assert list(whole) == list(range(8)), whole
+print("shared")
+"""
+
 
 def joining(count, told=lambda index: {}, wait=20):
     """What starts `count` processes; process i is told `told(i)`."""
@@ -116,3 +141,28 @@ def test_settings_that_differ_are_found_before_anything_is_done():
 def test_all_end_well_together():
     codes, outputs = run_processes(**joining(2, lambda i: {"steps": 3}))
     assert codes == [0, 0] and errors(outputs) == [[], []]
+
+
+def test_what_of_a_batch_each_process_loads():
+    codes, outputs = run_processes([["-c", SHARES]] * 2, devices=2, environment=cluster(2))
+    assert codes == [0, 0], outputs
+    assert [output.out.splitlines()[-1] for output in outputs] == ["shared"] * 2
+
+
+UNEQUAL = """
+from cascade.errors import UserError
+from cascade.parallel.mesh import make_mesh, process_share
+from cascade.parallel.processes import connect
+
+connect()
+try:
+    process_share(make_mesh(data=2, fsdp=1, tensor=3))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_mesh_whose_rows_cut_through_a_process_is_refused():
+    codes, outputs = run_processes([["-c", UNEQUAL]] * 3, devices=2, environment=cluster(3))
+    assert codes == [0, 0, 0], outputs
+    assert all("A batch can't be shared by 3 processes" in output.out for output in outputs)
