@@ -76,7 +76,7 @@ def fixed_network(dtype: str) -> UNet:
         activation="silu",
         dropout=0.0,
         dtype=dtype,
-        remat=False,
+        remat="none",
         scan_blocks=False,
     )
 

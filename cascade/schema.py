@@ -43,7 +43,7 @@ STAGE = {
     "crop_resolution": int,  # 0: trains on whole pictures
     "text_width": int,
     "text_length": int,
-    "network": Part("network", NETWORKS, ("out_channels", "super_resolution")),
+    "network": Part("network", NETWORKS, ("out_channels", "super_resolution", "layout")),
     "schedule": Part("schedule", SCHEDULES),
     "output": str,
     "learned_variance": bool,

@@ -19,6 +19,7 @@ from cascade.diffusion import conditioning, guidance, losses, process, samplers,
 from cascade.diffusion.schedules import SCHEDULES
 from cascade.errors import UserError
 from cascade.networks import NETWORKS, cost
+from cascade.parallel.layout import Layout
 
 BUCKET_EDGES = (-12.0, -8.0, -4.0, 0.0, 4.0, 8.0, 12.0)  # logsnr; 8 buckets
 
@@ -33,13 +34,14 @@ class Stage:
       is_base: True where it draws from text alone, False where it enlarges `lowres`.
     """
 
-    def __init__(self, config, null_text=None):
+    def __init__(self, config, null_text=None, layout: Layout | None = None):
         """Builds the stage.
 
         Args:
           config: the `stage` section, a ConfigDict; its keys are `cascade.schema.STAGE`.
           null_text: the text encoder's null condition (emb [L,D], mask [L]), which dropped texts
             become in training; Imagen's by default: zeros and a cleared mask.
+          layout: how the network's insides lie on a mesh; None leaves it to XLA.
 
         Raises:
           UserError: a key is missing, foreign, or at odds with another.
@@ -54,6 +56,7 @@ class Stage:
             config.network,
             out_channels=outputs,
             super_resolution=not self.is_base,
+            layout=layout,
         )
         self.schedule = registry.build("schedule", SCHEDULES, config.schedule)
         self.aug_schedule = registry.build("schedule", SCHEDULES, config.aug_schedule)
@@ -124,12 +127,13 @@ class Stage:
     def init(self, key):
         """Fresh parameters, float32, a nested dict."""
         arguments = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.shapes(1))
-        return self.network.init(key, *arguments)["params"]
+        return self.network.clone(layout=None).init(key, *arguments)["params"]
 
     @functools.cached_property
     def forward_flops(self) -> int:
         """FLOPs of one forward pass of one picture at the training resolution."""
-        return round(sum(row.flops for row in cost.describe(self.network, *self.shapes(1))))
+        network = self.network.clone(layout=None)
+        return round(sum(row.flops for row in cost.describe(network, *self.shapes(1))))
 
     def loss(self, params, batch, key, train: bool = True):
         """The weighted denoising loss of a batch, a scalar, and its metrics.

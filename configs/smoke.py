@@ -58,7 +58,7 @@ def shrink_stage(stage: ConfigDict):
     network.channels, network.head_channels, network.norm_groups = 16, 8, 4
     network.text_channels = 48 if network.text_channels else 0
     network.pool_heads = 6 if network.pool_heads else 0
-    network.dtype, network.remat, network.scan_blocks = "float32", False, False
+    network.dtype, network.remat, network.scan_blocks = "float32", "none", False
     scale = stage.resolution // stage.lowres_resolution if stage.lowres_resolution else 1
     side = max(2 * math.prod(network.strides), 4 * scale)
     stage.resolution = side

@@ -91,7 +91,7 @@ def stage_config(resolution: int, lowres: int, **changes) -> ConfigDict:
             "activation": "silu",
             "dropout": 0.0,
             "dtype": "float32",
-            "remat": False,
+            "remat": "none",
             "scan_blocks": False,
         },
         "schedule": cosine,

@@ -51,9 +51,12 @@ def train(ctx, spec, workdir, **cluster):
 
 @click.command(context_settings=CONFIG_COMMAND)
 @click.option("--config", "spec", required=True, help="path/to/config.py[:arg].")
+@click.option(
+    "--mesh", help="data=4,fsdp=64: print what such a mesh would split, and how, instead."
+)
 @click.pass_context
-def describe(ctx, spec):
-    """Print a stage's parameters and FLOPs, level by level.
+def describe(ctx, spec, mesh):
+    """Print a stage's parameters and FLOPs, level by level; or how they lie on a mesh.
 
     Of a cascade's config, it prints every stage's and what they sum to. Takes overrides as train
     does; a cascade's begin with the stage: --config.sr256.stage.network.channels=64.
@@ -62,8 +65,16 @@ def describe(ctx, spec):
     """
     from cascade import config
     from cascade.describe import describe as tables
+    from cascade.parallel.mesh import parse_mesh
+    from cascade.parallel.placement import describe_placement
 
-    click.echo(tables(config.load_stages(spec, ctx.args)))
+    stages = config.load_stages(spec, ctx.args)
+    if mesh is None:
+        click.echo(tables(stages))
+        return
+    sizes = parse_mesh(mesh)
+    for name, stage in stages.items():
+        click.echo((f"{name}: " if name else "") + describe_placement(stage, sizes))
 
 
 @click.command()

@@ -147,7 +147,7 @@ def stage_section(
         "noise_embedding": drawn["schedule"]["betas"],
         "attention_implementation": "auto",
         "dtype": dtype,
-        "remat": False,
+        "remat": "none",
         "scan_blocks": False,
     }
     return ConfigDict(

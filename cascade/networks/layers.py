@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cascade.diffusion.schedules import timestep_logsnrs
+from cascade.parallel.layout import Layout
 
 TIMESTEPS = 1000  # of the schedules whose timesteps can be embedded
 # GELU by erf, as published U-Nets have it; the tanh approximation is 5e-4 off.
@@ -38,6 +39,7 @@ class Style(NamedTuple):
       residual_scale: factor on the result of each residual block.
       dtype: of activations.
       deterministic: no dropout.
+      layout: how activations and weights lie on a mesh of devices; None leaves it to XLA.
     """
 
     norm_groups: int
@@ -50,6 +52,28 @@ class Style(NamedTuple):
     residual_scale: float
     dtype: jnp.dtype
     deterministic: bool
+    layout: Layout | None
+
+    def by_picture(self, x: jax.Array) -> jax.Array:
+        """Keeps an activation [B, …] split by picture, where there is a layout."""
+        return x if self.layout is None else self.layout.by_picture(x)
+
+    def gathering(
+        self, module: type[nn.Module], path: str, stacked: int = 0, dtype=None
+    ) -> type[nn.Module]:
+        """A module's class that gathers its weights, where there is a layout, before it uses them.
+
+        Args:
+          path: of its parameters in the network's.
+          stacked: of how many equal ones it is one, run by a scan; 0 where it is alone.
+          dtype: what it multiplies its kernels as; None is the activations'.
+        """
+        if self.layout is None:
+            return module
+        gather = functools.partial(
+            self.layout.gathered, path=path, dtype=dtype or self.dtype, stacked=stacked
+        )
+        return nn.map_variables(module, "params", lambda split: {"params": gather(split["params"])})
 
     def act(self, x: jax.Array) -> jax.Array:
         """Applies the activation."""

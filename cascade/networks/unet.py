@@ -23,7 +23,8 @@ from cascade.diffusion.schedules import BETAS
 from cascade.errors import UserError
 from cascade.networks.attention import TEXT_GROUPS, TextPool
 from cascade.networks.layers import ACTIVATIONS, GroupNorm, NoiseEmbedding, Style, conv3x3
-from cascade.networks.levels import Level
+from cascade.networks.levels import REMAT, Level
+from cascade.parallel.layout import Layout
 
 RESAMPLINGS = ("block", "nearest", "shuffle")
 SKIPS = ("block", "level")
@@ -74,9 +75,10 @@ class UNet(nn.Module):
       activation: "silu" or "gelu".
       dropout: rate inside residual blocks; its rng is named "dropout".
       dtype: of activations, "float32" or "bfloat16"; parameters and output are float32.
-      remat: recompute each block in the backward pass instead of storing its insides.
+      remat: what the backward pass recomputes instead of storing it; see `levels.REMAT`.
       scan_blocks: one `lax.scan` over equal blocks: quicker to compile, one stacked parameter set.
         On a CPU its kernel gradients are many times slower; leave it off there.
+      layout: how activations and weights lie on a mesh of devices; None leaves it to XLA.
     """
 
     out_channels: int
@@ -109,8 +111,9 @@ class UNet(nn.Module):
     activation: str
     dropout: float
     dtype: str
-    remat: bool
+    remat: str
     scan_blocks: bool
+    layout: Layout | None = None
 
     @property
     def divisor(self) -> int:
@@ -161,9 +164,10 @@ class UNet(nn.Module):
             self.residual_scale,
             jnp.dtype(self.dtype),
             deterministic,
+            self.layout,
         )
-        states, text = self._text(cond)
-        emb = self._embedding(logsnr, cond, text if self.pool_projected else states)
+        states, text = self._text(cond, style)
+        emb = self._embedding(logsnr, cond, text if self.pool_projected else states, style)
         x = z_t
         if self.super_resolution:
             shape = (*z_t.shape[:3], cond["lowres"].shape[-1])
@@ -193,20 +197,23 @@ class UNet(nn.Module):
         """Channels of the finest level."""
         return self.channels * self.channel_mults[0]
 
-    def _text(self, cond) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    def _text(
+        self, cond, style: Style
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
         """Text, padding zeroed, as it came and at width `text_channels`, each with its mask."""
         states, text_mask = cond["text_emb"], cond["text_mask"].astype(bool)
         states = text_emb = jnp.where(text_mask[..., None], states, 0)
         if self.text_channels:
-            text_emb = nn.Dense(self.text_channels, dtype=self.dtype, name="text_in")(states)
+            dense = style.gathering(nn.Dense, "text_in")
+            text_emb = dense(self.text_channels, dtype=self.dtype, name="text_in")(states)
         return (states, text_mask), (text_emb, text_mask)
 
-    def _embedding(self, logsnr, cond, text) -> jax.Array:
+    def _embedding(self, logsnr, cond, text, style: Style) -> jax.Array:
         """The activated sum of what is known of the whole picture: [B, embedding's width]."""
         width = self.embedding_channels or 4 * self._width
 
         def embed(name, value):
-            embedding = NoiseEmbedding(
+            embedding = style.gathering(NoiseEmbedding, name, dtype=jnp.float32)(
                 self.noise_embedding, self._width, width, self.activation, name=name
             )
             return embedding(value)
@@ -215,10 +222,11 @@ class UNet(nn.Module):
         if self.super_resolution and self.embed_aug:
             emb += embed("aug_embedding", cond["aug_logsnr"])
         if self.pool_heads:
-            emb += TextPool(width, self.pool_heads, name="text_pool")(text)
+            pool = style.gathering(TextPool, "text_pool", dtype=jnp.float32)
+            emb += pool(width, self.pool_heads, name="text_pool")(text)
         for activation in self.embedding_activations:
             emb = ACTIVATIONS[activation](emb)
-        return emb.astype(self.dtype)
+        return style.by_picture(emb.astype(self.dtype))
 
     def _level(self, i: int, style: Style, way: str) -> Level:
         """Level i on the way "down" or "up", or the "middle", which works at the last level."""
@@ -260,6 +268,7 @@ class UNet(nn.Module):
             "noise_embedding": ("logsnr", *BETAS),
             "text_norm": TEXT_NORMS,
             "dtype": DTYPES,
+            "remat": tuple(REMAT),
             "attention_implementation": ("auto", "xla", "cudnn"),
         }
         for field, allowed in choices.items():

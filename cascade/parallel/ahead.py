@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from cascade import config as configs
@@ -26,11 +25,12 @@ from cascade.networks import cost
 from cascade.parallel import hlo
 from cascade.parallel import mesh as meshes
 from cascade.parallel.collectives import collectives, ideal_bytes
-from cascade.parallel.rules import shardings
+from cascade.parallel.layout import Layout
+from cascade.parallel.rules import of_config, shardings
 from cascade.parallel.topology import LOCAL, parse
 from cascade.stage import Stage
 from cascade.training.optim import make_optimizer
-from cascade.training.state import init_state, make_train_step, with_shardings
+from cascade.training.state import init_state, jit_train_step, with_shardings
 
 
 class Program(NamedTuple):
@@ -49,15 +49,10 @@ def training_program(config: ConfigDict, stage: Stage, mesh) -> Program:
     optimizer = make_optimizer(settings)
     create = functools.partial(init_state, stage, optimizer)
     abstract = jax.eval_shape(create, jax.random.key(0))
-    rules = [(pattern, P(*spec)) for pattern, spec in config.sharding_rules]
-    placed = shardings(abstract, mesh, rules)
+    placed = shardings(abstract, mesh, of_config(config))
     image, _, cond = stage.shapes(settings.batch_size)
     batch = {"image": image, **{k: v for k, v in cond.items() if k != "aug_logsnr"}}
-    run = jax.jit(
-        make_train_step(stage, optimizer, settings),
-        donate_argnums=0,
-        out_shardings=(placed, meshes.replicated(mesh)),
-    )
+    run = jit_train_step(stage, optimizer, settings, mesh, placed)
     state = with_shardings(abstract, placed)
     key = _placed(jax.eval_shape(jax.random.key, 0), meshes.replicated(mesh))
     batch = _placed(batch, meshes.batch_sharding(mesh))
@@ -68,9 +63,8 @@ def sampling_program(config: ConfigDict, stage: Stage, mesh) -> Program:
     """The stage's sampler at the size it draws, for a batch split over the mesh."""
     rows, size = config.train.batch_size, (config.stage.resolution,) * 2
     meshes.check_batch(rows, 1, mesh)
-    rules = [(pattern, P(*spec)) for pattern, spec in config.sharding_rules]
     params = jax.eval_shape(stage.init, jax.random.key(0))
-    params = with_shardings(params, shardings(params, mesh, rules))
+    params = with_shardings(params, shardings(params, mesh, of_config(config)))
     _, _, cond = stage.shapes(rows, size)
     cond.pop("aug_logsnr", None)
     null = {name: cond[name] for name in ("text_emb", "text_mask")}
@@ -80,6 +74,7 @@ def sampling_program(config: ConfigDict, stage: Stage, mesh) -> Program:
         stage.sample,
         static_argnames=("settings", "size"),
         out_shardings=meshes.batch_sharding(mesh),
+        compiler_options=meshes.compiler_options(mesh),
     )
     static = {"settings": stage.settings(), "size": size}
     return Program(run, (params, cond, null, keys), static, params)
@@ -131,15 +126,14 @@ def measure(request: dict, tell: Callable[[str], None]) -> dict:
     config = configs.from_json(request["config"])
     devices = find_devices(request["topology"])
     mesh = meshes.make_mesh(**config.mesh, devices=devices)
-    stage = Stage(config.stage)
-    # Accumulation is unrolled where it asks and hears of a CPU, and what is asked for isn't one.
-    jax.default_backend = lambda: devices[0].platform
+    stage = Stage(config.stage, layout=Layout.of(mesh, of_config(config)))
     tell("trace")
     build = sampling_program if request["sample"] else training_program
     program = build(config, stage, mesh)
     start = time.monotonic()
     traced = program.run.trace(*program.arguments, **program.static)
-    flops = cost.count(functools.partial(program.run, **program.static), *program.arguments).total()
+    plain = functools.partial(program.run.__wrapped__, **program.static)
+    flops = cost.count(plain, *program.arguments).total()
     sizes = [math.prod(p.shape) for p in jax.tree.leaves(program.params)]
     split = [
         math.prod(p.shape)

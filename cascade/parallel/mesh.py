@@ -44,14 +44,18 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     kinds = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+        # An axis may be part of a side of a TPU's torus: 8 chips of 16.
+        arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(arranged, AXES, axis_types=kinds)
     if sizes[0] % slices:
         raise UserError(
             f"Mesh {wished} splits batches {sizes[0]} ways over `data`, but there are {slices} "
             f"slices, between which only batches are split; make data a multiple of {slices}."
         )
     inside = (sizes[0] // slices, *sizes[1:])
-    arranged = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    arranged = mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
     return Mesh(arranged, AXES, axis_types=kinds)
 
 
@@ -81,6 +85,17 @@ def parse_mesh(text: str) -> dict[str, int]:
             "data=4,fsdp=64."
         )
     return sizes | named
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """What XLA is told beyond its defaults to compile for a mesh's devices.
+
+    Of a TPU's, that weights are gathered, not passed around in pieces while they are multiplied:
+    for convolutions it sends twice the bytes so (`python bench/fsdp.py`).
+    """
+    if mesh.devices.flat[0].platform != "tpu":
+        return {}
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh):

@@ -19,7 +19,7 @@ class Found(NamedTuple):
     """One compiled candidate."""
 
     batch: int
-    remat: bool
+    remat: str
     mesh: dict[str, int]
     measured: Measured
     estimate: Estimate
@@ -30,7 +30,7 @@ def search(
 ) -> list[Found]:
     """Compiles candidates, the config itself first, and returns them, what fits best first.
 
-    For each mesh, with recomputation and without, the batch is doubled while it fits (to at most 8
+    For each mesh and each way of recomputation, the batch is doubled while it fits (to at most 8
     times the config's), or halved until it does. The best fits the memory and makes the most
     images a second; of equals, the one that takes less memory.
 
@@ -46,7 +46,7 @@ def search(
     start, own = config.train.batch_size, config.stage.network.remat
     found: dict[tuple, Found] = {}
 
-    def attempt(mesh: dict[str, int], remat: bool, batch: int) -> Found:
+    def attempt(mesh: dict[str, int], remat: str, batch: int) -> Found:
         candidate = changed(config, batch=batch)
         candidate.mesh, candidate.stage.network.remat = mesh, remat
         measured = measure(candidate, topology, **options)
@@ -64,7 +64,8 @@ def search(
                 f"({first.measured.device_kind}); give a TPU topology."
             )
         layouts = meshes(first.mesh, first.measured.devices)
-        for mesh, remat in itertools.product(layouts, (own, not own)):
+        remats = dict.fromkeys([own, "none", "dots", "blocks", "offload"])
+        for mesh, remat in itertools.product(layouts, remats):
             batch, way = start, None
             while _divides(batch, mesh, config) and batch <= LARGEST * start:
                 known = found.get((*mesh.values(), remat, batch))
@@ -79,7 +80,7 @@ def search(
 
 def table(found: list[Found]) -> str:
     """What was compiled, a line each, and how to train with the best."""
-    head = f"{'batch':>7} {'remat':<6}{'mesh':<30}{'GB a chip':>10}{'images/s':>12}  binds"
+    head = f"{'batch':>7} {'remat':<9}{'mesh':<30}{'GB a chip':>10}{'images/s':>12}  binds"
     rows = [head]
     for one in found:
         mesh = ", ".join(f"{axis}={size}" for axis, size in one.mesh.items())
@@ -87,7 +88,7 @@ def table(found: list[Found]) -> str:
         if one.estimate.fits:
             speed, binds = f"{one.estimate.images_per_second:,.0f}", one.estimate.binds
         rows.append(
-            f"{one.batch:>7} {one.remat!s:<6}{mesh:<30}{one.measured.peak_bytes / 1e9:>10.2f}"
+            f"{one.batch:>7} {one.remat:<9}{mesh:<30}{one.measured.peak_bytes / 1e9:>10.2f}"
             f"{speed:>12}  {binds}"
         )
     best = found[0]

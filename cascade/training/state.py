@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+
+from cascade.parallel.mesh import compiler_options, replicated
 
 
 @functools.partial(
@@ -44,10 +47,13 @@ def ema_decay(step, decay: float):
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 
-def gradients(stage, params, batch, key, microbatches: int):
+def gradients(stage, params, batch, key, microbatches: int, platform: str):
     """Loss gradient and metrics of a batch [B, ...], taken `microbatches` slices at a time.
 
     The slices' gradients are averaged, so that memory is that of B / microbatches pictures.
+
+    Args:
+      platform: that this is compiled for: "cpu", "gpu", "tpu".
     """
     grad = jax.grad(stage.loss, has_aux=True)
     if microbatches == 1:
@@ -62,7 +68,7 @@ def gradients(stage, params, batch, key, microbatches: int):
         return jax.tree.map(jnp.add, total, grads), metrics
 
     # Inside a scan XLA's CPU backend runs a convolution's kernel gradient about 45 times slower.
-    unroll = True if jax.default_backend() == "cpu" else 1
+    unroll = True if platform == "cpu" else 1
     total, metrics = jax.lax.scan(
         add_slice,
         jax.tree.map(jnp.zeros_like, params),
@@ -73,18 +79,23 @@ def gradients(stage, params, batch, key, microbatches: int):
     return mean, jax.tree.map(lambda m: m.mean(0), metrics)
 
 
-def make_train_step(stage, optimizer: optax.GradientTransformation, config):
+def make_train_step(
+    stage, optimizer: optax.GradientTransformation, config, platform: str | None = None
+):
     """`train_step(state, batch, key) -> (state, metrics)`, to be jitted with the state donated.
 
     Args:
       config: the `train` section, with `microbatches` and `ema_decay`.
+      platform: as `gradients`; None is the platform that is here.
 
     Metrics are scalars and [K] arrays on the device; nothing here waits for the host.
     """
 
+    platform = platform or jax.default_backend()
+
     def train_step(state: TrainState, batch, key):
         key = jax.random.fold_in(key, state.step)
-        grads, metrics = gradients(stage, state.params, batch, key, config.microbatches)
+        grads, metrics = gradients(stage, state.params, batch, key, config.microbatches, platform)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay(state.step, config.ema_decay)
@@ -95,6 +106,21 @@ def make_train_step(stage, optimizer: optax.GradientTransformation, config):
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
     return train_step
+
+
+def jit_train_step(stage, optimizer: optax.GradientTransformation, config, mesh: Mesh, placed):
+    """`make_train_step`'s, compiled for a mesh, the state donated and coming back where it was.
+
+    Args:
+      config: the `train` section.
+      placed: the state's shardings.
+    """
+    return jax.jit(
+        make_train_step(stage, optimizer, config, mesh.devices.flat[0].platform),
+        donate_argnums=0,
+        out_shardings=(placed, replicated(mesh)),
+        compiler_options=compiler_options(mesh),
+    )
 
 
 def with_shardings(shapes, placed):

@@ -69,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "activation": "silu",
             "dropout": 0.0,
             "dtype": "bfloat16",
-            "remat": True,
+            "remat": "blocks",
             "scan_blocks": True,
         },
         "schedule": {"name": "cosine", "logsnr_min": -20.0, "logsnr_max": 20.0},

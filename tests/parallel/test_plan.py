@@ -156,13 +156,13 @@ def test_search_says_where_nothing_fits(tiny, monkeypatch):
         return measured(mesh=mesh, devices=4, peak_bytes=20e9, sent=None)
 
     monkeypatch.setattr("cascade.parallel.search.measure", compiled)
-    found = search(tiny, "v5e-4", tries=40, utilisation=0.4)
-    assert len(asked) == len(set(asked)) == len(found)  # batches 16, 8 and 4, on 3 meshes, twice
+    found = search(tiny, "v5e-4", tries=80, utilisation=0.4)
+    assert len(asked) == len(set(asked)) == len(found)  # batches 16, 8 and 4, on 3 meshes, 4 ways
     assert {one.batch for one in found} == {16, 8, 4}
     assert "Nothing that was tried fits" in table(found)
 
 
-@pytest.mark.parametrize("tries", [1, 3, 30])
+@pytest.mark.parametrize("tries", [1, 3, 60])
 def test_search_keeps_to_its_tries_and_puts_the_best_first(tiny, monkeypatch, tries):
     def compiled(config, topology, **_):
         batch, fsdp = config.train.batch_size, max(config.mesh.fsdp, 1)
@@ -170,7 +170,7 @@ def test_search_keeps_to_its_tries_and_puts_the_best_first(tiny, monkeypatch, tr
         return measured(
             mesh={"data": 4 // fsdp, "fsdp": fsdp, "tensor": 1},
             devices=4,
-            peak_bytes=8e9 / fsdp + batch * (1e8 if config.stage.network.remat else 2e8),
+            peak_bytes=8e9 / fsdp + batch * (1e8 if config.stage.network.remat == "blocks" else 2e8),
             sent={"all-gather": [1e9 * fsdp, 1]},
             model_flops=model,
             flops=model,
@@ -184,7 +184,7 @@ def test_search_keeps_to_its_tries_and_puts_the_best_first(tiny, monkeypatch, tr
     speeds = [one.estimate.images_per_second for one in found if one.estimate.fits]
     assert speeds == sorted(speeds, reverse=True)
     assert f"--config.train.batch_size={best.batch}" in table(found)
-    if tries == 30:  # the largest batch that fits is found: 4 chips take 2 + 12.8 of 17 GB
+    if tries == 60:  # the largest batch that fits is found: 4 chips take 2 + 12.8 of 17 GB
         assert max(one.batch for one in found if one.estimate.fits) == 128
 
 

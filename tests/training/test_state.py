@@ -24,7 +24,7 @@ class Quadratic:
 def test_accumulated_gradient_is_the_whole_batchs(microbatches):
     image = jnp.arange(8.0)
     grads, metrics = gradients(
-        Quadratic(), {"w": jnp.array(3.0)}, {"image": image}, jax.random.key(0), microbatches
+        Quadratic(), {"w": jnp.array(3.0)}, {"image": image}, jax.random.key(0), microbatches, "cpu"
     )
     np.testing.assert_allclose(grads["w"], 2 * (3.0 - image.mean()), rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], jnp.mean((3.0 - image) ** 2), rtol=1e-6)
