@@ -20,9 +20,11 @@ from cascade import batches, bundle
 from cascade.arguments import checked_prompts, stage_settings, stage_sizes, whole
 from cascade.errors import UserError
 from cascade.images import as_lowres
+from cascade.parallel.layout import Layout
 from cascade.parallel.mesh import all_devices, on_all_processes, put
 from cascade.parallel.rules import shardings
 from cascade.request import request
+from cascade.stage import Stage
 
 
 def load(
@@ -94,13 +96,18 @@ class Cascade:
         self.mesh = mesh or all_devices()
         if self.mesh.shape["data"] < self.mesh.size:
             text_encoder.place(self.mesh)
-        self._trained = tuple(
-            each._replace(params=jax.tree.map(put, each.params, shardings(each.params, self.mesh)))
-            for each in stages
-        )
+        self._trained = tuple(map(self._placed, stages))
         self._text = dict(text)
-        self.stages = tuple(trained.stage for trained in stages)
+        self.stages = tuple(trained.stage for trained in self._trained)
         self.text_encoder = text_encoder
+
+    def _placed(self, trained: bundle.TrainedStage) -> bundle.TrainedStage:
+        """A stage that knows how it lies on the mesh, and its weights there."""
+        stage, layout = trained.stage, Layout.of(self.mesh)
+        if layout:
+            stage = Stage(stage.config, tuple(stage.null_cond.values()), layout)
+        params = jax.tree.map(put, trained.params, shardings(trained.params, self.mesh))
+        return trained._replace(stage=stage, params=params)
 
     def save(self, folder: str | os.PathLike, *, dtype: str = "float32", overwrite: bool = False):
         """Writes a bundle; see `cascade.bundle.save_bundle`.
@@ -109,9 +116,7 @@ class Cascade:
           UserError: as that; or the weights are spread over several processes.
         """
         if self.mesh.is_multi_process:
-            raise UserError(
-                "This cascade's weights are spread over several processes; save it from one."
-            )
+            raise UserError("These weights are spread over several processes; save them from one.")
         return bundle.save_bundle(
             folder, self._trained, self._text, self.text_encoder, dtype=dtype, overwrite=overwrite
         )
