@@ -170,7 +170,8 @@ def test_search_keeps_to_its_tries_and_puts_the_best_first(tiny, monkeypatch, tr
         return measured(
             mesh={"data": 4 // fsdp, "fsdp": fsdp, "tensor": 1},
             devices=4,
-            peak_bytes=8e9 / fsdp + batch * (1e8 if config.stage.network.remat == "blocks" else 2e8),
+            peak_bytes=8e9 / fsdp
+            + batch * (1e8 if config.stage.network.remat == "blocks" else 2e8),
             sent={"all-gather": [1e9 * fsdp, 1]},
             model_flops=model,
             flops=model,
