@@ -6,6 +6,7 @@ folder; the checksum and `restore` here add both.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -19,10 +20,13 @@ from jax.experimental import multihost_utils
 
 from cascade.errors import UserError
 
-FORMAT_VERSION = 2  # 1 had other data positions
+FORMAT_VERSION = 2
+AVERAGED = (1, 2)  # of 1 the averages are the same, and the data positions others
 
 # What a failed write raises: the file system's error, or TensorStore's wrapping of it.
 UNWRITTEN = (ValueError, OSError, RuntimeError)
+# What is raised in reading without a fault of the checkpoint's.
+UNDAMAGED = (UserError, MemoryError, jax.errors.JaxRuntimeError)
 
 
 def checksum(tree) -> int:
@@ -60,6 +64,31 @@ def _own_parts(leaf):
     if isinstance(leaf, jax.Array):
         return [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
     return [leaf]
+
+
+def everywhere(read):
+    """What `read` gives here, once it is read on every process.
+
+    A checkpoint may be damaged in a part that one process alone reads, and all must go back from
+    it. So `read` itself waits for no other process.
+
+    Raises:
+      Exception: what `read` raises, or a ValueError where it failed on another process.
+    """
+    result = failure = None
+    try:
+        result = read()
+    except UNDAMAGED:
+        raise  # ends this process, and thereby the others
+    except Exception as error:
+        failure = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array(failure is not None))
+        if failure is None and failed.any():
+            failure = ValueError(f"process {failed.argmax()} can't read it")
+    if failure is not None:
+        raise failure
+    return result
 
 
 def ignore_late_callbacks():
@@ -180,7 +209,7 @@ class Checkpoints:
             check(meta, step)
             return self._state(step, meta, abstract_state, iterator)
 
-        return self._newest_whole(read)
+        return self._newest_whole(read, (FORMAT_VERSION,))
 
     def restore_ema(self, abstract_state):
         """The averaged parameters of the newest checkpoint that is whole, or None; on one process.
@@ -208,17 +237,17 @@ class Checkpoints:
             check_sum(state, meta["checksums"]["ema_params"] if alone else meta["checksum"])
             return state["ema_params"]
 
-        return self._newest_whole(read)
+        return self._newest_whole(read, AVERAGED)
 
-    def _newest_whole(self, read):
+    def _newest_whole(self, read, formats):
         """(step, read(step, meta), meta) of the newest checkpoint that `read` can read, or None."""
         damaged = []
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
-                meta = self._meta(step)
+                meta = everywhere(functools.partial(self._meta, step, formats))
                 state = read(step, meta)
-            except (UserError, MemoryError, jax.errors.JaxRuntimeError):
-                raise  # not the checkpoint's fault
+            except UNDAMAGED:
+                raise
             except Exception as error:  # Orbax raises that very class where data is missing
                 damaged.append((step, error))
                 if step == min(self.manager.all_steps()):
@@ -240,24 +269,29 @@ class Checkpoints:
             return step, state, meta
         return None
 
-    def _meta(self, step: int) -> dict:
-        restored = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        meta = restored.meta
-        if meta["format_version"] != FORMAT_VERSION:
+    def _meta(self, step: int, formats) -> dict:
+        meta = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
+        if meta["format_version"] not in formats:
             raise UserError(
                 f"Checkpoint {step} in {self.folder} has format {meta['format_version']}, this "
-                f"version reads {FORMAT_VERSION}; use the version that wrote it."
+                f"version reads {' and '.join(map(str, formats))}; use the version that wrote it."
             )
         return {"text_fingerprint": "", **meta}  # earlier ones lack it
 
     def _state(self, step: int, meta: dict, abstract_state, iterator):
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        state = self.manager.restore(step, args=items).state
+        folder = self.folder / str(step)
+        # The manager's own restoring waits for the other processes, of which one may have failed.
+        restore = functools.partial(
+            ocp.StandardCheckpointHandler().restore,
+            folder / "state",
+            args=ocp.args.StandardRestore(abstract_state),
+        )
+        state = everywhere(restore)
         check_sum(state, meta["checksum"])
         if iterator is not None:
             # Grain's own restoring wants as many processes as there were.
-            files = sorted((self.folder / str(step) / "data").glob("process_*-of-*.json"))
-            positions = [json.loads(file.read_text()) for file in files]
+            files = sorted((folder / "data").glob("process_*-of-*.json"))
+            positions = everywhere(lambda: [json.loads(file.read_text()) for file in files])
             iterator.set_state(positions if len(positions) > 1 else positions[0])
             iterator.start_prefetch()
         return state
@@ -270,6 +304,8 @@ class Checkpoints:
             while target.exists():
                 target = target.with_name(target.name + "_")
             (self.folder / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("set aside")
         self.manager.reload()
 
     def _unwritten(self, error: Exception) -> UserError:

@@ -99,6 +99,7 @@ def test_of_earlier_versions_the_whole_state_is_read_and_verified(folder, damage
     for step in (1, 2):
         path, meta = meta_of(folder, step)
         del meta["checksums"]
+        meta["format_version"] = 1
         meta["checksum"] ^= damaged
         path.write_text(json.dumps(meta))
     if damaged:
