@@ -280,11 +280,18 @@ def to_json(section) -> dict:
 
 
 def from_json(tree) -> ConfigDict:
-    """The inverse of `to_json`: lists become tuples again."""
+    """The inverse of `to_json`: lists become tuples again.
+
+    What runs and bundles wrote before `remat` had policies, True or False, is read as the policy
+    that it meant.
+    """
 
     def restore(value):
         if isinstance(value, Mapping):
-            return {key: restore(item) for key, item in value.items()}
+            restored = {key: restore(item) for key, item in value.items()}
+            if isinstance(restored.get("remat"), bool):
+                restored["remat"] = "blocks" if restored["remat"] else "none"
+            return restored
         return tuple(restore(item) for item in value) if isinstance(value, list) else value
 
     return ConfigDict(restore(tree))

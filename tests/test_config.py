@@ -224,3 +224,11 @@ def test_an_error_inside_a_config_file_is_one_sentence(tmp_path, text, said):
 def test_json_round_trip():
     loaded = config.load("configs/emoji/sr256.py")
     assert config.from_json(config.to_json(loaded)).to_dict() == loaded.to_dict()
+
+
+@pytest.mark.parametrize(("before", "now"), [(True, "blocks"), (False, "none")])
+def test_what_was_recomputed_before_policies_is_read_as_one(before, now):
+    loaded = config.load("configs/emoji/base64.py:smoke")
+    saved = config.to_json(loaded)
+    saved["stage"]["network"]["remat"] = before
+    assert config.from_json(saved).stage.network.remat == now

@@ -41,8 +41,9 @@ FIXED = (
     "train.clip_norm",
     "train.ema_decay",
 )
-# What may: where the same data lies on this machine.
+# What may: where the same data lies on this machine, and what a step recomputes.
 PLACES = ("data_dir", "path", "files")
+COMPUTED = ("remat",)
 # A run that has reached its last step leaves {"step": N} here.
 FINISHED = "finished.json"
 
@@ -231,7 +232,8 @@ def check_same_run(config, text_fingerprint: str, saved: dict, step: int):
       saved: the checkpoint's meta.
       step: its number.
     """
-    now, then = (without_places(c) for c in (configs.to_json(config), saved["config"]))
+    configured = (configs.to_json(config), saved["config"])
+    now, then = (_without(COMPUTED, without_places(each)) for each in configured)
     for path in FIXED:
         ours, theirs = now, then
         for key in path.split("."):
