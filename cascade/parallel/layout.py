@@ -45,13 +45,13 @@ class Layout:
 
         Args:
           params: the block's.
-          path: of the block, by which the rules know it.
+          path: of the block in the network's, by which the rules know it below "params/".
           dtype: what those that are split are multiplied as, and gathered as.
           stacked: where this is one of several blocks, stacked along a first axis, how many.
         """
 
         def gather(leaf_path, leaf):
-            name = f"{path}/{jax.tree_util.keystr(leaf_path, simple=True, separator='/')}"
+            name = f"params/{path}/{jax.tree_util.keystr(leaf_path, simple=True, separator='/')}"
             shape = (stacked, *leaf.shape) if stacked else leaf.shape
             spec = spec_of(name, shape, self.mesh, self.rules)
             split = P(*spec[1:]) if stacked else spec

@@ -99,9 +99,9 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
 
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh):
-    """Raises a UserError unless each slice of a global batch divides over processes and devices."""
+    """Raises a UserError unless each slice of a global batch divides over the mesh's devices."""
     shares = batch_shares(mesh)
-    if batch_size % (microbatches * shares) or batch_size % jax.process_count():
+    if batch_size % (microbatches * shares):
         raise UserError(
             f"config.train.batch_size={batch_size} can't be split into {microbatches} microbatches "
             f"over {shares} devices (mesh data × fsdp); choose a multiple of "

@@ -21,7 +21,6 @@ from cascade.parallel import environments, roll
 WAIT = ("CASCADE_WAIT_SECONDS", 300)  # for the other processes at the start
 SILENCE = ("CASCADE_SILENCE_SECONDS", 60)  # of a machine, until it counts as lost
 SHUTDOWN = 60  # for the others at the end
-LONGEST_CONFIG = 2**16  # bytes of JSON
 
 
 def connect(
@@ -91,9 +90,9 @@ def agree(what: str, config: dict):
     other = [index for index, theirs in enumerate(digests) if (theirs != digests[0]).any()]
     if not other:
         return
-    padded = np.zeros(LONGEST_CONFIG, np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)[:LONGEST_CONFIG]
-    theirs = bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).rstrip(b"\0")
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(text))))
+    sent = np.frombuffer(text.ljust(size)[:size], np.uint8)  # what the others send is dropped
+    theirs = bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent)))
     named = ", ".join(map(str, other[:8])) + (", …" if len(other) > 8 else "")
     difference = "their own output tells where"
     if jax.process_index() in other:

@@ -109,7 +109,7 @@ def _receive(opened, port: int, hello: dict, end: float, wait: float) -> dict[in
             opened.enter_context(peer)
             peer.settimeout(5)
             theirs = _read(peer)
-            if not isinstance(theirs, dict) or not isinstance(theirs.get("process"), int):
+            if not isinstance(theirs, dict) or not hello.keys() <= theirs.keys():
                 peer.close()  # no process of ours: a port scan, a health check
                 continue
             problem = _misfit(hello, theirs, peers)

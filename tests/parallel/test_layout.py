@@ -134,10 +134,14 @@ def test_tensor_parallelism_splits_attention_and_wide_convolutions():
         assert any(re.fullmatch(rf"up_0/.*/{part}/kernel", name) for name in split)
 
 
-def test_a_layout_gathers_the_weights_of_a_block_and_splits_their_gradient():
+@pytest.mark.parametrize(
+    ("own", "spec"),
+    [((), P("fsdp", None)), (((r"^params/block/kernel$", P(None, "fsdp")),), P(None, "fsdp"))],
+)
+def test_a_layout_gathers_the_weights_of_a_block_and_splits_their_gradient(own, spec):
     mesh = mesh_of((1, 8, 1))
-    layout, weights = Layout.of(mesh), {"kernel": np.ones((64, 64), np.float32)}
-    split = NamedSharding(mesh, P("fsdp", None))
+    layout, weights = Layout.of(mesh, own), {"kernel": np.ones((64, 64), np.float32)}
+    split = NamedSharding(mesh, spec)
 
     def loss(params, x):
         whole = layout.gathered(params, "block", np.float32)

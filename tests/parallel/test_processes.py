@@ -36,7 +36,7 @@ main(["wait"])
 
 SHARES = """
 import jax, numpy as np
-from cascade.parallel.mesh import make_mesh, process_share, put_batch, whole_on_host
+from cascade.parallel.mesh import check_batch, make_mesh, process_share, put_batch, whole_on_host
 from cascade.parallel.processes import connect
 
 connect()
@@ -49,6 +49,7 @@ for sizes, devices, count in [
     ((4, 1, 1), mixed, 2),
 ]:
     mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes)), devices=devices)
+    check_batch(sizes[0] * sizes[1], 1, mesh)  # of which some processes may hold the same
     index, shares = process_share(mesh)
     assert (index, shares) == (jax.process_index() if count == 2 else 0, count), (sizes, index)
     rows = np.arange(8.0).reshape(shares, -1)[index]
@@ -127,9 +128,11 @@ def test_sigterm_ends_all_where_nothing_is_saved():
     assert errors(outputs)[1] == ["error: process 1 of 2: Terminated."]
 
 
-def test_settings_that_differ_are_found_before_anything_is_done():
+@pytest.mark.parametrize("words", [0, 70_000])
+def test_settings_that_differ_are_found_before_anything_is_done(words):
     def told(index):
-        return {"config": {"train": {"steps": 4 if index == 2 else 3, "seed": 0}}}
+        train = {"steps": 4 if index == 2 else 3, "seed": 0}
+        return {"config": {"train": train, "words": "w" * words}}
 
     codes, outputs = run_processes(**joining(3, told))
     assert codes == [2, 2, 2] and not any("joined" in output.out for output in outputs)
