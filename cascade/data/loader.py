@@ -167,7 +167,7 @@ class Position(grain.DatasetIterator):
     def _check_same(self, then: dict[str, Any]):
         if then != self._held:
             told = "{records} records in {files} files of {bytes} bytes (digest {digest})"
-            named = first_change(then["listing"], self._held["listing"])
+            named = first_change(then.get("listing", {}), self._held["listing"])
             raise UserError(
                 f"The training data changed under this run{named and ': '}{named}. It was "
                 f"{told.format(**then)} at the checkpoint and is {told.format(**self._held)} now; "
