@@ -175,7 +175,7 @@ def _ask_child(request: dict, host_limit: float, progress: bool) -> dict:
     environment = {**os.environ, **own, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
         child = subprocess.Popen(
-            [sys.executable, "-m", "cascade.parallel.ahead"],
+            [sys.executable, "-P", "-m", "cascade.parallel.ahead"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,

@@ -106,6 +106,14 @@ def test_a_child_that_breaks_is_quoted(tiny, monkeypatch):
         plan.measure(tiny, "local", progress=False)
 
 
+def test_a_folder_beside_it_isnt_taken_for_the_package(tiny, tmp_path, monkeypatch):
+    (tmp_path / "cascade").mkdir()
+    (tmp_path / "cascade" / "__init__.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="needs 7 devices"):
+        plan.measure(plan.changed(tiny, mesh="fsdp=7"), "local")
+
+
 def test_the_longest_bound_binds():
     found = estimate(measured(), 2048, utilisation=0.5)
     assert found.binds == "arithmetic" and found.fits
