@@ -55,9 +55,10 @@ class OneSentence(click.Group):
             roll.end(" ".join(error.format_message().split()), 2)
         except (click.Abort, KeyboardInterrupt) as error:
             # click hides what it was, but keeps it as the cause; the codes are the shell's own.
-            terminated = isinstance(error.__cause__ or error, Terminated)
+            cause = error.__cause__ or error
+            terminated = isinstance(cause, Terminated)
             code = 128 + (signal.SIGTERM if terminated else signal.SIGINT)
-            roll.end("Terminated." if terminated else "Interrupted.", code)
+            roll.end(str(cause) or ("Terminated." if terminated else "Interrupted."), code)
         except Exception:
             if roll.current is None:
                 raise

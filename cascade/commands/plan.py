@@ -55,6 +55,8 @@ def plan(ctx, spec, topology, slices, batch, mesh, sample, search, tries, utilis
         raise UserError(f"--tries is {tries}; give at least 1.")
     if sample and search:
         raise UserError("--search varies training; leave out --sample.")
+    if topology == LOCAL and slices != 1:
+        raise UserError("--slices counts a TPU topology's; leave it out with --topology local.")
     where = topology if topology == LOCAL else parse(topology, slices).name
     loaded = plans.changed(config.load(spec, ctx.args), batch=batch, mesh=mesh)
     limit = None if host_memory is None else host_memory * 2**30

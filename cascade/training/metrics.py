@@ -1,5 +1,6 @@
 """Where a run's numbers and pictures go: TensorBoard, and a JSONL file beside it."""
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -7,6 +8,7 @@ import pathlib
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.writer import DummyFileWriter
 
 from cascade.errors import UserError
 from cascade.files import write_whole
@@ -71,19 +73,35 @@ class Metrics:
                 f"Can't write to {self.path} ({error.strerror}); free some space and run the same "
                 "command to go on from the last checkpoint."
             ) from error
-        for name, value in finite.items():
-            self.board.add_scalar(name, value, step)
+        with self._dispensable():
+            for name, value in finite.items():
+                self.board.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, image: np.ndarray):
         """Writes a picture, uint8 [H, W, 3], to TensorBoard."""
         if self.writes:
-            self.board.add_image(name, image, step, dataformats="HWC")
+            with self._dispensable():
+                self.board.add_image(name, image, step, dataformats="HWC")
 
     def close(self):
         """Flushes and closes both files."""
-        if self.writes:
-            self.file.close()
+        if not self.writes:
+            return
+        self.file.close()
+        with self._dispensable():
             self.board.close()
+
+    @contextlib.contextmanager
+    def _dispensable(self):
+        """Lets nothing of TensorBoard end a run: `metrics.jsonl` has all of its numbers."""
+        try:
+            yield
+        except OSError as error:
+            logging.warning("TensorBoard's file isn't whole (%s).", error.strerror)
+            # It would try again at the program's exit, and its thread read on, with stack traces.
+            writer = self.board.file_writer
+            writer.event_writer._worker.stop()
+            writer.event_writer = DummyFileWriter("")
 
 
 def read(path) -> list[dict]:

@@ -141,12 +141,13 @@ def check_width(config, encoder):
 
 @contextlib.contextmanager
 def interruptible(checkpoints):
-    """Turns Ctrl-C inside `with` into a sentence that says where the run goes on."""
+    """Gives Ctrl-C inside `with` a sentence that says where the run goes on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         saved = checkpoints.latest() or 0
-        raise UserError(f"Interrupted; the same command goes on from step {saved}.") from None
+        said = f"Interrupted; the same command goes on from step {saved}."
+        raise type(error)(said) from None
 
 
 def inputs(config, encoder, mesh, progress: bool):

@@ -209,6 +209,7 @@ def test_search_keeps_to_its_tries_and_puts_the_best_first(tiny, monkeypatch, tr
         (["--topology", "local", "--mesh", "data=8", "--batch", "12"], "batch_size=12"),
         (["--topology", "local", "--batch", "0"], "batch_size"),
         (["--topology", "v5e-4", "--utilisation", "2"], "--utilisation"),
+        (["--topology", "local", "--slices", "2"], "--slices"),
         (["--topology", "v5e-4", "--host-memory", "nan"], "--host-memory"),
         (["--topology", "v5e-4", "--search", "--sample"], "leave out --sample"),
         (["--topology", "v5e-4", "--search", "--tries", "0"], "--tries"),

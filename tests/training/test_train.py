@@ -134,6 +134,20 @@ def test_a_diverged_run_stops_with_a_sentence(tmp_path):
         train(loaded, tmp_path / "run", progress=False)
 
 
+def test_tensorboard_without_room_ends_nothing(tmp_path, monkeypatch, caplog):
+    writer = metrics.Metrics(tmp_path, start_step=0)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer.board.file_writer.event_writer._ev_writer, "flush", full)
+    writer.scalars(1, {"loss": 1.0})
+    writer.close()
+    assert "No space left on device" in caplog.text
+    writer.board.file_writer.event_writer.close()  # as the program's exit does
+    assert [row["loss"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1.0]
+
+
 def test_rows_after_the_last_checkpoint_are_dropped_and_a_cut_line_ignored(tmp_path):
     rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 4, "lo')
