@@ -74,7 +74,7 @@ def compiled(mesh, constraints: str) -> str:
     from cascade.parallel.mesh import batch_sharding, compiler_options
 
     whole, rows = NamedSharding(mesh, P()), batch_sharding(mesh)
-    kernel_spec = P(None, None, None, "fsdp")
+    kernel_spec = P(None, None, "fsdp")
     split = NamedSharding(mesh, P(None, *kernel_spec))
 
     @jax.checkpoint
