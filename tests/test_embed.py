@@ -62,7 +62,7 @@ def test_training_from_it_needs_no_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(BertEncoder, "_read_params", lambda _: pytest.fail("loads weights"))
     from_it = smoke(text_cache__folder=out, text_cache__dtype="int8")
     encoder, source = minilm(max_length=48, weights=""), make_source(from_it.data, train=True)
-    texts, null = caption_arrays(from_it, encoder, make_mesh(**from_it.mesh), [source])
+    texts, null = caption_arrays(from_it, encoder, make_mesh(**from_it.mesh), [source], False)
     assert all(found.any() for found in texts(list(captions_of(source))).values())
     np.testing.assert_array_equal(null[0], encoder.null()[0])
     np.testing.assert_array_equal(null[1], encoder.null()[1])

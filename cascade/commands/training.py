@@ -56,8 +56,9 @@ def train(ctx, spec, workdir, **cluster):
 )
 @click.pass_context
 def describe(ctx, spec, mesh):
-    """Print a stage's parameters and FLOPs, level by level; or how they lie on a mesh.
+    """Print a stage's parameters and FLOPs, level by level.
 
+    With --mesh, how they lie on one: what is split over which axis, and what stays whole and why.
     Of a cascade's config, it prints every stage's and what they sum to. Takes overrides as train
     does; a cascade's begin with the stage: --config.sr256.stage.network.channels=64.
 

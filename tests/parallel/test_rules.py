@@ -70,8 +70,9 @@ def test_a_rule_that_doesnt_fit_is_passed_over():
     spec = P(None, "tensor")
     assert rules.fits(spec, (3, 8), mesh)
     assert not rules.fits(spec, (3, 7), mesh)
+    assert rules.fits(spec, (5, 3, 8), mesh)  # five blocks, stacked
     assert not rules.fits(spec, (8,), mesh)  # a factored moment of Adafactor
-    assert rules.fits(P(("fsdp", "tensor")), (16, 3), mesh)
+    assert rules.fits(P(("fsdp", "tensor"), None), (16, 3), mesh)
     placed = rules.shardings({"attention": {"v_row": jnp.zeros(8)}}, mesh, [("attention/", spec)])
     assert placed["attention"]["v_row"].spec == P()
 
