@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cascade.parallel.mesh import batch_sharding
-from cascade.parallel.rules import Rules, spec_of
+from cascade.parallel.rules import Rules, mesh_axes, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def gathered(weights: jax.Array, mesh: Mesh, split: P) -> jax.Array:
 
     The gradient of a mere constraint would be whole, an all-reduce, before it is split.
     """
-    whole = P(*(_without_fsdp(names) for names in split))
+    whole = P(*(tuple(axis for axis in mesh_axes(e) if axis != "fsdp") for e in split))
     return jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, whole))
 
 
@@ -81,9 +81,3 @@ def _backward(mesh, split, _, gradient):
 
 
 gathered.defvjp(_forward, _backward)
-
-
-def _without_fsdp(names):
-    if isinstance(names, tuple):
-        return tuple(name for name in names if name != "fsdp")
-    return None if names == "fsdp" else names

@@ -154,7 +154,7 @@ def put_batch(batch: dict, mesh: Mesh) -> dict:
 
 def split_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
     """A global array [B, ...] from a numpy one that every process holds whole."""
-    return jax.make_array_from_callback(array.shape, batch_sharding(mesh), array.__getitem__)
+    return put(array, batch_sharding(mesh))
 
 
 def whole_on_host(array: jax.Array) -> np.ndarray:
@@ -174,6 +174,14 @@ def put(array, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(np.shape(array), sharding, np.asarray(array).__getitem__)
 
 
+def first_failing(failed: bool) -> int | None:
+    """The first process that says it failed, if any does; all call this together."""
+    if jax.process_count() == 1:
+        return 0 if failed else None
+    said = multihost_utils.process_allgather(np.array(failed))
+    return int(said.argmax()) if said.any() else None
+
+
 def on_all_processes(action: Callable[[], Any], mesh: Mesh | None) -> Any:
     """Runs on every process, and returns on each once it is done on all.
 
@@ -191,11 +199,9 @@ def on_all_processes(action: Callable[[], Any], mesh: Mesh | None) -> Any:
     except Exception as error:  # whatever it is, the others mustn't wait for ever
         failure = error
     if mesh is not None and mesh.is_multi_process:
-        failed = multihost_utils.process_allgather(np.array(failure is not None))
-        if failure is None and failed.any():
-            failure = UserError(
-                f"Process {failed.argmax()} failed; its own message says how to go on."
-            )
+        process = first_failing(failure is not None)
+        if failure is None and process is not None:
+            failure = UserError(f"Process {process} failed; its own message says how to go on.")
     if failure is not None:
         raise failure
     return result

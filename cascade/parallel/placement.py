@@ -1,6 +1,7 @@
 """`cascade describe --mesh`: how a training state is split, what stays whole, and why."""
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from cascade.errors import UserError
 from cascade.parallel.mesh import AXES
-from cascade.parallel.rules import SMALLEST_SHARDED, of_config, spec_of
+from cascade.parallel.rules import SMALLEST_SHARDED, mesh_axes, of_config, spec_of
 from cascade.stage import Stage
 from cascade.training.optim import make_optimizer
 from cascade.training.state import init_state
@@ -57,10 +58,8 @@ def placement(config: ConfigDict, sizes: dict[str, int]) -> list[Placed]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = tuple(spec_of(name, leaf.shape, mesh, rules))
         axes = [
-            tuple(
-                n for n in (names if isinstance(names, tuple) else (names,)) if n and sizes[n] > 1
-            )
-            for names in spec + (None,) * (len(leaf.shape) - len(spec))
+            tuple(axis for axis in mesh_axes(entry) if sizes[axis] > 1)
+            for entry in spec + (None,) * (len(leaf.shape) - len(spec))
         ]
         share = math.prod(sizes[name] for names in axes for name in names)
         part, _, rest = name.partition("/")
@@ -82,9 +81,12 @@ def describe_placement(config: ConfigDict, sizes: dict[str, int]) -> str:
     lines.append(
         f"{'axes split over':<34}{'arrays':>8}{'parameters':>16}{'MB a device':>14}  such as"
     )
-    layouts = sorted({(a.share, a.parts if a.share > 1 else ()) for a in params}, reverse=True)
-    for share, parts in layouts:
-        rows = [a for a in params if (a.share, a.parts if a.share > 1 else ()) == (share, parts)]
+
+    def layout(array: Placed) -> tuple[int, tuple[str, ...]]:
+        return array.share, array.parts if array.share > 1 else ()
+
+    for (share, parts), rows in itertools.groupby(sorted(params, key=layout, reverse=True), layout):
+        rows = list(rows)
         named = " × ".join(part or "-" for part in parts) or "whole"
         held = sum(a.bytes for a in rows) / share / 1e6
         largest = max(rows, key=lambda a: a.elements)

@@ -45,14 +45,17 @@ def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*("fsdp" if axis == widest else None for axis in range(len(shape))))
 
 
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that one entry of a spec names."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
 def fits(spec: P, shape: tuple[int, ...], mesh: Mesh) -> bool:
     """Whether an array's last axes can be laid out so: enough of them, each divisible.
 
     Adafactor's factored moments carry a kernel's path but not its axes.
     """
-    parts = [
-        () if names is None else names if isinstance(names, tuple) else (names,) for names in spec
-    ]
+    parts = [mesh_axes(entry) for entry in spec]
     return len(parts) <= len(shape) and all(
         length % math.prod(mesh.shape[name] for name in names) == 0
         for length, names in zip(shape[len(shape) - len(parts) :], parts, strict=True)

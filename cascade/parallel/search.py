@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cascade.errors import UserError
+from cascade.networks.levels import REMAT
 from cascade.parallel.estimate import Estimate, estimate
 from cascade.parallel.mesh import AXES
 from cascade.parallel.plan import Measured, changed, measure
@@ -64,7 +65,7 @@ def search(
                 f"({first.measured.device_kind}); give a TPU topology."
             )
         layouts = meshes(first.mesh, first.measured.devices)
-        remats = dict.fromkeys([own, "none", "dots", "blocks", "offload"])
+        remats = dict.fromkeys([own, *REMAT])
         for mesh, remat in itertools.product(layouts, remats):
             batch, way = start, None
             while _divides(batch, mesh, config) and batch <= LARGEST * start:

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from cascade.errors import UserError
+from cascade.parallel.mesh import first_failing
 
 FORMAT_VERSION = 2
 AVERAGED = (1, 2)  # of 1 the averages are the same, and the data positions others
@@ -82,10 +83,9 @@ def everywhere(read):
         raise  # ends this process, and thereby the others
     except Exception as error:
         failure = error
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.array(failure is not None))
-        if failure is None and failed.any():
-            failure = ValueError(f"process {failed.argmax()} can't read it")
+    process = first_failing(failure is not None)
+    if failure is None and process is not None:
+        failure = ValueError(f"process {process} can't read it")
     if failure is not None:
         raise failure
     return result
