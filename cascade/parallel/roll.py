@@ -116,6 +116,8 @@ def _receive(opened, port: int, hello: dict, end: float, wait: float) -> dict[in
             if problem:
                 _refuse([*peers.values(), peer], problem)
             peers[theirs["process"]] = peer
+            if len(peers) == hello["processes"] - 1:  # who has gone meanwhile isn't there
+                peers = {index: each for index, each in peers.items() if not _closed(each)}
     return peers
 
 

@@ -127,13 +127,20 @@ def test_two_that_say_they_are_the_same():
     assert set(said) == {"Two processes were started as process 1; give each its own --process."}
 
 
-def test_one_that_was_started_again_takes_its_own_place():
-    zero, one, two = places(0, 1, 2)
+@pytest.mark.parametrize("last", [1, 2], ids=["before it calls again", "after it called again"])
+def test_one_that_was_started_again_takes_its_own_place(last):
+    zero, *others = places(0, 1, 2)
     host, port = zero.coordinator.split(":")
     hello = {"process": 1, "processes": 3, "versions": roll.versions()}
     answers = []
-    first = threading.Thread(target=lambda: answers.extend(call([zero], wait=20)))
-    first.start()
+
+    def start(place):
+        thread = threading.Thread(target=lambda: answers.extend(call([place], wait=20)))
+        thread.start()
+        time.sleep(0.2)  # for its call to arrive before the next one's
+        return thread
+
+    started = [start(zero)]
     while True:
         try:
             with socket.create_connection((host, int(port))) as given_up:
@@ -142,8 +149,9 @@ def test_one_that_was_started_again_takes_its_own_place():
             break
         except ConnectionRefusedError:
             time.sleep(0.02)
-    answers += call([one, two], wait=20)
-    first.join()
+    started += [start(place) for place in sorted(others, key=lambda place: place.process == last)]
+    for thread in started:
+        thread.join()
     assert len(answers) == 3 and len(set(answers)) == 1
 
 
