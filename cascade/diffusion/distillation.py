@@ -1,0 +1,265 @@
+"""What a student of few steps is to answer: progressive and multistep consistency distillation.
+
+An objective is a function that returns the target, and OBJECTIVES names them; every one is
+
+    objective(key, x, teacher, student, schedule, steps, fraction) -> Example
+
+with x [B, ...] clean pictures, teacher and student plain denoisers (`diffusion.guidance`; a guided
+or thresholded teacher is one too), `schedule` logsnr(t), `steps` the number N of DDIM steps in
+which the student is to draw, and `fraction`, a scalar, how far training has come, from 0 to 1.
+What comes back carries no gradient, and is float32 where x is less.
+
+All of it is made of DDIM's step from t to s, which with d = (logsnr_t - logsnr_s) / 2 is
+
+    z_s = (sigma_s / sigma_t) z_t + alpha_s (1 - e^d) x_hat.
+
+Two steps in a row, t → m → s, are one step with a mean of their pictures (`joined`): a target is
+never taken from a difference of z's, which at logsnr -20 would leave it no digits. The last step of
+a drawing lands on x_hat itself, as `samplers.sample`'s does: time 0 is a level of logsnr ∞ here,
+at which the formulas hold as they stand.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from cascade.diffusion.guidance import Denoise
+from cascade.diffusion.losses import Weighting, stratified_times
+from cascade.diffusion.process import Prediction, along_batch, diffuse, predictions
+from cascade.diffusion.schedules import Schedule, alpha_sigma
+from cascade.errors import UserError
+
+# Heek et al. 2024: how much of the teacher's squared error counts as spread of x given z_t.
+SPREAD_OF_ERROR = 0.75
+
+
+class Example(NamedTuple):
+    """The student, given z_t [B, ...] at logsnr_t [B], is to answer x [B, ...]."""
+
+    z_t: Array
+    logsnr_t: Array
+    x: Array
+
+
+Objective = Callable[..., Example]
+
+
+def progressive(*, backward: bool) -> Objective:
+    """One step of the student is to do what two of the teacher do (Salimans & Ho 2022, alg. 2).
+
+    With i uniform in 0 … N-1, t = (i + 1) / N, m = t - 1 / 2N and s = i / N, the target is the x
+    with which DDIM goes from z_t to where the teacher's steps t → m → s lead. At i = 0 this is
+    the teacher's x_hat at m.
+
+    Args:
+      backward: z_t is the student's own, see `trajectory`, instead of noised x.
+    """
+
+    def objective(key, x, teacher, student, schedule, steps, fraction):
+        _check_steps(steps)
+        x = _wide(x)
+        time_key, noise_key = jax.random.split(key)
+        i = _uniform_index(time_key, len(x), steps)
+        logsnr_t, logsnr_m = schedule((i + 1) / steps), schedule((i + 0.5) / steps)
+        logsnr_s = _level(schedule, i / steps)
+        eps = jax.random.normal(noise_key, x.shape, x.dtype)
+        if backward:
+            z_t = trajectory(student, eps, schedule, steps, logsnr_t, steps - 1)
+        else:
+            z_t = diffuse(x, eps, logsnr_t)
+        first = _wide(teacher(z_t, logsnr_t).x)
+        z_m = ddim_step(z_t, first, logsnr_t, logsnr_m)
+        second = _wide(teacher(z_m, logsnr_m).x)
+        target = joined(first, second, logsnr_t, logsnr_m, logsnr_s)
+        return jax.lax.stop_gradient(Example(z_t, logsnr_t, target))
+
+    return objective
+
+
+def consistency(*, backward: bool, teacher_steps_start: int, teacher_steps_end: int) -> Objective:
+    """Multistep consistency (Heek, Hoogeboom & Salimans 2024, algorithm 1), in N segments of time.
+
+    From anywhere in the segment (r, r + 1/N] the student's DDIM step to r is to lead to the same
+    z_r. T teacher steps cover all of time, T/N each segment; t is uniform among their ends and
+    s = t - 1/T. The target is the x with which DDIM goes from z_t to where the teacher's step t → s
+    and the student's t → r, from there, lead; at s = r it is the teacher's, and at r = 0, s > 0 the
+    student's x_hat at s. The teacher's step is `adjusted`. N = 1 are consistency models (Song et
+    al. 2023), large N diffusion models.
+
+    Args:
+      backward: z_t is the student's own, see `trajectory`, instead of noised x.
+      teacher_steps_start, teacher_steps_end: T at `fraction` 0 and 1, log-linear between, each
+        rounded to whole steps a segment, at least one. The paper's are 64 and 1280.
+
+    Raises:
+      UserError: not 1 <= teacher_steps_start <= teacher_steps_end.
+    """
+    if not 1 <= teacher_steps_start <= teacher_steps_end:
+        raise UserError(
+            f"The consistency objective's teacher steps go from {teacher_steps_start} to "
+            f"{teacher_steps_end}; give 1 or more, and no fewer at the end."
+        )
+
+    def objective(key, x, teacher, student, schedule, steps, fraction):
+        _check_steps(steps)
+        x = _wide(x)
+        time_key, noise_key = jax.random.split(key)
+        each = _annealed(teacher_steps_start, teacher_steps_end, fraction, steps)
+        index = _uniform_index(time_key, len(x), steps * each)
+        segment, total = index // each, steps * each
+        logsnr_t, logsnr_r = schedule((index + 1) / total), _level(schedule, segment / steps)
+        # A segment's own end, to the bit, lest a step of no length be one of rounding errors.
+        at_end = index == segment * each
+        logsnr_s = jnp.where(at_end, logsnr_r, schedule(index / total))
+        eps = jax.random.normal(noise_key, x.shape, x.dtype)
+        if backward:
+            z_t = trajectory(student, eps, schedule, steps, logsnr_t, steps)
+        else:
+            z_t = diffuse(x, eps, logsnr_t)
+        first = _wide(teacher(z_t, logsnr_t).x)
+        spread = _guessed_spread(logsnr_t) if backward else _measured_spread(first, x)
+        first = adjusted(first, z_t, spread, logsnr_t, logsnr_s)
+        z_s = ddim_step(z_t, first, logsnr_t, logsnr_s)
+        # Where s is the clean end the student's answer counts nothing; its level is a finite one.
+        second = _wide(student(z_s, jnp.minimum(logsnr_s, schedule(0.0))).x)
+        target = joined(first, second, logsnr_t, logsnr_s, logsnr_r)
+        return jax.lax.stop_gradient(Example(z_t, logsnr_t, target))
+
+    return objective
+
+
+OBJECTIVES = {"progressive": progressive, "consistency": consistency}
+
+
+def distillation_loss(prediction: Prediction, example: Example, weighting: Weighting) -> Array:
+    """weighting(logsnr) · mean (eps - eps_hat)² of each example, [B], with `example.x`'s eps.
+
+    The same number as SNR · weighting · mean (x - x_hat)², by way of v as in `denoising_loss`:
+    "snr_truncated" is max(SNR, 1) on x (Salimans & Ho 2022). A learned variance isn't trained.
+
+    Args:
+      prediction: the student's, at z_t = example.z_t.
+    """
+    v = predictions(example.x, example.z_t, example.logsnr_t, "x").v
+    error = jnp.mean(jnp.square(v - prediction.v), axis=tuple(range(1, v.ndim)))
+    return weighting(example.logsnr_t) * jax.nn.sigmoid(example.logsnr_t) * error
+
+
+def ddim_step(z_t: Array, x_hat: Array, logsnr_t: Array, logsnr_s: Array) -> Array:
+    """z_s = (sigma_s / sigma_t) z_t + alpha_s (1 - e^d) x_hat, d = (logsnr_t - logsnr_s) / 2.
+
+    It is z_t to the bit where s = t, and x_hat where logsnr_s = ∞. logsnr are scalars or [B].
+    """
+    t, s = along_batch(logsnr_t, z_t), along_batch(logsnr_s, z_t)
+    keep = jnp.exp(0.5 * (jax.nn.log_sigmoid(-s) - jax.nn.log_sigmoid(-t)))
+    return keep * z_t + alpha_sigma(s)[0] * _shrunk(t, s) * x_hat
+
+
+def joined(first: Array, second: Array, logsnr_t: Array, logsnr_m: Array, logsnr_s: Array) -> Array:
+    """The x whose DDIM step t → s goes where t → m with `first` and m → s with `second` lead.
+
+        x = first + w (second - first),  w = (1 - e^(m - s)/2) / (1 - e^(t - s)/2)
+
+    with logsnr for t, m and s, t < m <= s in logsnr: (z_s - (sigma_s / sigma_t) z_t) / (alpha_s -
+    (sigma_s / sigma_t) alpha_t) of Salimans & Ho 2022, in which z_t has cancelled. w lies from 0
+    (m = s) to 1 (logsnr_s = ∞).
+    """
+    t, m, s = (along_batch(level, first) for level in (logsnr_t, logsnr_m, logsnr_s))
+    return first + _shrunk(m, s) / _shrunk(t, s) * (second - first)
+
+
+def adjusted(x_hat: Array, z_t: Array, spread: Array, logsnr_t: Array, logsnr_s: Array) -> Array:
+    """The x_hat with which DDIM's step is aDDIM's (Heek et al. 2024, algorithm 3).
+
+    One x_hat stands for all x that z_t may come from; DDIM so loses variance. aDDIM lengthens
+    eps_hat to keep the norm that z_s should have: of n values in a picture,
+
+        z_s = alpha_s x_hat + sqrt(sigma_s² + gain² spread n / |eps_hat|²) eps_hat,
+
+    with gain = alpha_s - alpha_t sigma_s / sigma_t. A step to logsnr_s = ∞ stays DDIM's: a clean
+    picture has no noise to lengthen.
+
+    Args:
+      spread: [B], mean variance of the values of x given z_t.
+    """
+    logsnr_t, logsnr_s, spread = (along_batch(v, z_t) for v in (logsnr_t, logsnr_s, spread))
+    eps = predictions(x_hat, z_t, logsnr_t, "x").eps
+    norm = jnp.mean(jnp.square(eps), axis=tuple(range(1, eps.ndim)), keepdims=True)
+    alpha_s, sigma_s = alpha_sigma(logsnr_s)
+    gain = alpha_s * _shrunk(logsnr_t, logsnr_s)
+    wanted = spread / jnp.maximum(norm, 1e-12)
+    # (sqrt(sigma² + gain² wanted) - sigma) / gain, without a difference or a quotient by gain.
+    root = jnp.sqrt(jnp.square(sigma_s) + jnp.square(gain) * wanted)
+    ahead = gain * wanted / jnp.where(sigma_s > 0, root + sigma_s, 1.0)
+    return x_hat + jnp.where(sigma_s > 0, ahead * eps, 0.0)
+
+
+def trajectory(
+    student: Denoise, z_1: Array, schedule: Schedule, steps: int, logsnr_t: Array, most: int
+) -> Array:
+    """Takes noise z_1 to logsnr_t [B] by the student's own DDIM steps, N to the whole of time.
+
+    Backward distillation (Kohler et al. 2024, "Imagine Flash", §4.1): what the student is trained
+    on is what it will see when it draws, nothing of x. A level within a step is met on the way of
+    that step, z_t = alpha_t x_hat + sigma_t eps_hat of the step's start.
+
+    Args:
+      z_1: [B, ...] unit noise.
+      most: steps that the lowest of logsnr_t may be away, each an evaluation of the student.
+    """
+
+    def step(n, z):
+        start, end = (jnp.full_like(logsnr_t, schedule(1.0 - k / steps)) for k in (n, n + 1))
+        x_hat = _wide(student(z, start).x)
+        # A picture that has arrived takes steps of no length.
+        return ddim_step(z, x_hat, start, jnp.clip(logsnr_t, start, end))
+
+    return jax.lax.fori_loop(0, most, step, z_1)
+
+
+def _shrunk(logsnr_t, logsnr_s):
+    """1 - e^(logsnr_t - logsnr_s)/2; 0 where both are ∞ too."""
+    same = logsnr_t == logsnr_s
+    start = jnp.where(same, 0.0, logsnr_t)  # ∞ - ∞ is no number
+    return jnp.where(same, 0.0, -jnp.expm1(0.5 * (start - logsnr_s)))
+
+
+def _level(schedule, t):
+    """logsnr(t), and ∞ at t = 0."""
+    return jnp.where(t > 0, schedule(t), jnp.inf)
+
+
+def _uniform_index(key, batch, count):
+    """Integers [batch] uniform in 0 … count-1, evenly spread over the batch."""
+    t = stratified_times(key, batch)
+    return jnp.minimum(jnp.floor(t * count).astype(jnp.int32), count - 1)
+
+
+def _annealed(start, end, fraction, steps):
+    """Teacher steps a segment, an int32 scalar."""
+    fraction = jnp.clip(fraction, 0.0, 1.0)
+    total = jnp.exp((1.0 - fraction) * math.log(start) + fraction * math.log(end))
+    return jnp.maximum(jnp.round(total / steps), 1.0).astype(jnp.int32)
+
+
+def _measured_spread(x_hat, x):
+    """The teacher's error is a draw of what z_t leaves open, and known where x is."""
+    return SPREAD_OF_ERROR * jnp.mean(jnp.square(x_hat - x), axis=tuple(range(1, x.ndim)))
+
+
+def _guessed_spread(logsnr):
+    """0.1 / (2 + SNR), by which Heek et al. 2024 sample, where no x is known."""
+    return 0.1 / (2.0 + jnp.exp(logsnr))
+
+
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _check_steps(steps):
+    if steps < 1:
+        raise UserError(f"A student was asked to draw in {steps} steps; give 1 or more.")
