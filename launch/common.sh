@@ -13,7 +13,7 @@ LASTING=${LASTING:-600}
 say() { printf '%s\n' "$*" >&2; }
 
 fail() {
-  say "error: $*"
+  say "error: ${*//[[:cntrl:]]/ }"
   exit 2
 }
 
@@ -40,13 +40,20 @@ need() {
     fail "$1 isn't installed here; $2, or add --dry-run to see what would be run."
 }
 
-# value OPTION COUNT: fails where an option is the last word and its value is missing.
-value() { (($2 > 1)) || fail "$1 needs a value; see --help."; }
+# value OPTION [VALUE ...]: fails where an option's value is missing, empty, or the next option.
+value() { [[ -n ${2:-} && $2 != --* ]] || fail "$1 needs a value; see --help."; }
 
-# whole OPTION VALUE LEAST: fails unless the value is a whole number of at least LEAST.
+# handed_on OPTION [VALUE ...]: fails unless the value is one more option, for the tool behind it.
+handed_on() {
+  [[ ${2:-} =~ ^--?[A-Za-z] ]] ||
+    fail "$1 is '${2:-}'; give an option with its value as one word, like $1=--name=value."
+}
+
+# whole OPTION VALUE LEAST [MOST]: fails unless the value is a whole number within these.
 whole() {
-  [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ && $2 -ge $3 ]] ||
-    fail "$1 is '$2'; give a whole number of at least $3."
+  local most=${4:-999999999}
+  [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ && $2 -ge $3 && $2 -le $most ]] ||
+    fail "$1 is '$2'; give a whole number of at least $3${4:+, at most $4}."
 }
 
 # training WORD...: sets `config` to the config's file among what `cascade train` takes, and fails
@@ -58,12 +65,15 @@ training() {
       --config) config=${2:-} ;;
       --config=*) config=${1#--config=} ;;
       --workdir | --workdir=*) fail "--workdir is the launcher's; give it before the --." ;;
+      --coordinator | --coordinator=* | --processes | --processes=* | --process | --process=*)
+        fail "${1%%=*} is the launcher's to tell every process; leave it out after the --."
+        ;;
     esac
     shift
   done
-  [[ -n $config ]] ||
-    fail "no config; end with '-- --config PATH' and its overrides, as cascade train takes them."
   config=${config%%:*}
+  [[ -n $config && $config != --* ]] ||
+    fail "no config; end with '-- --config PATH' and its overrides, as cascade train takes them."
 }
 
 # read_secrets FILE: exports its NAME=value lines, as they stand: nothing in them is evaluated.

@@ -4,6 +4,7 @@
 Needs pip install 'cascade-imagen[launch]' and, unless it only prints, kubectl.
 """
 
+import itertools
 import pathlib
 import re
 import shlex
@@ -24,7 +25,9 @@ from cascade.parallel.topology import parse  # noqa: E402
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # the pods' host names are longer by 23
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
-BUCKET = re.compile(r"gs://([a-z0-9._-]+)/([^\x00-\x1f]+)")
+# Registry, path, tag and digest; what is wrong within them the registry says.
+IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
+BUCKET = re.compile(r"gs://([a-z0-9._-]+)/([^/\x00-\x1f][^\x00-\x1f]*)")
 PORT = 8476
 
 
@@ -77,7 +80,7 @@ def storage(workdir: str, claim: str | None) -> dict:
             "claim_volume": None,
         }
     path = pathlib.PurePosixPath(workdir)
-    if path.is_absolute() or ".." in path.parts or workdir.startswith("gs:"):
+    if not path.parts or path.is_absolute() or ".." in path.parts or workdir.startswith("gs:"):
         raise UserError(
             f"--workdir is {workdir!r}; with --claim, give a path in that volume, like runs/base."
         )
@@ -100,6 +103,8 @@ def hardware(settings: dict) -> tuple[str, dict]:
     if (topology is None) == (gpus is None):
         raise UserError("Name what to train on: --topology v5e-256, or --gpus nvidia-h100-80gb:8.")
     if topology is not None:
+        if settings["nodes"] is not None:
+            raise UserError("--nodes goes with --gpus; --topology tells how many hosts there are.")
         slices = parse(topology)
         hosts, chips = tpu_names.hosts(slices, settings["chips_per_host"])
         return "gke_tpu.yaml", {
@@ -109,16 +114,26 @@ def hardware(settings: dict) -> tuple[str, dict]:
             "hosts": hosts,
             "chips": chips,
         }
+    if settings["chips_per_host"] is not None:
+        raise UserError("--chips-per-host goes with --topology; --gpus tells how many a node has.")
     match = re.fullmatch(r"([a-z0-9-]+):([1-9][0-9]?)", gpus)
     if not match:
         raise UserError(f"--gpus is {gpus!r}; give a kind and the number on a node, like l4:1.")
+    nodes = settings["nodes"] or 1
     return "gke_gpu.yaml", {
         "accelerator": match[1],
         "gpus": int(match[2]),
-        "nodes": settings["nodes"],
-        "processes": str(settings["nodes"]),
+        "nodes": nodes,
+        "processes": str(nodes),
         "coordinator": f"{name}-train-0-0.{name}:{PORT}",
     }
+
+
+def names_config(words: tuple[str, ...]) -> bool:
+    """Whether the words hold a --config with a value, which isn't the next option."""
+    values = [after for word, after in itertools.pairwise(words) if word == "--config"]
+    values += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    return any(value.split(":")[0] and not value.startswith("--") for value in values)
 
 
 def manifest(settings: dict, words: tuple[str, ...]) -> dict:
@@ -137,7 +152,11 @@ def manifest(settings: dict, words: tuple[str, ...]) -> dict:
             raise UserError(f"{word!r} isn't text in UTF-8, which a manifest must be.") from error
         if re.match(r"--workdir(=|$)", word):
             raise UserError("--workdir is the launcher's; give it before the --.")
-    if not any(re.match(r"--config(=|$)", word) for word in words):
+        if match := re.match(r"(--(coordinator|process|processes))(=|$)", word):
+            raise UserError(
+                f"{match[1]} is the launcher's to tell every process; leave it out after the --."
+            )
+    if not names_config(words):
         raise UserError("No config; end with '-- --config PATH' and its overrides.")
     template, values = hardware(settings)
     place = storage(settings["workdir"], settings["claim"])
@@ -207,6 +226,7 @@ def matching(pattern: re.Pattern, what: str):
 
 own_name = matching(NAME, "lower-case letters, digits and dashes, at most 40")
 others_name = matching(LABEL, "the name of one, of lower-case letters, digits, dashes and dots")
+image_name = matching(IMAGE, "an image's address, like us-docker.pkg.dev/p/r/cascade:tpu")
 name_option = click.option("--name", required=True, callback=own_name, help="The JobSet's name.")
 namespace_option = click.option(
     "--namespace", default="default", show_default=True, callback=others_name
@@ -228,7 +248,7 @@ def main():
 @name_option
 @namespace_option
 @dry_run_option
-@click.option("--image", required=True, help="Of launch/Dockerfile.")
+@click.option("--image", required=True, callback=image_name, help="Of launch/Dockerfile.")
 @click.option("--workdir", required=True, help="gs://BUCKET/PATH, or with --claim a path in it.")
 @click.option(
     "--claim",
@@ -238,7 +258,7 @@ def main():
 @click.option("--topology", help="TPU slices, like v5e-256; 2xv5e-256 is two of them.")
 @click.option("--chips-per-host", type=click.Choice(["1", "4", "8"]), help="[default: 4]")
 @click.option("--gpus", help="Kind of GPU and how many a node has, like nvidia-h100-80gb:8.")
-@click.option("--nodes", type=click.IntRange(1), default=1, help="GPU nodes.", show_default=True)
+@click.option("--nodes", type=click.IntRange(1), help="GPU nodes. [default: 1]")
 @click.option(
     "--queue",
     callback=others_name,
@@ -268,7 +288,9 @@ def up(words, dry_run, chips_per_host, **settings):
 @name_option
 @namespace_option
 @dry_run_option
-@click.option("--lines", default=100, show_default=True, help="Of each pod.")
+@click.option(
+    "--lines", type=click.IntRange(1), default=100, show_default=True, help="Of each pod."
+)
 def logs(name, namespace, lines, dry_run):
     """Print the last lines of every pod's log."""
     pods = f"--selector=jobset.sigs.k8s.io/jobset-name={name}"

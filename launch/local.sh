@@ -33,12 +33,12 @@ while (($#)); do
     --dry-run) dry_run=yes; shift ;;
     --) shift; break ;;
     --workdir | --processes | --gpus-each | --port | --secrets | --retries | --backoff)
-      value "$1" $#
+      value "$@"
       case $1 in
         --workdir) workdir=$2 ;;
-        --processes) whole "$1" "$2" 1; processes=$2 ;;
-        --gpus-each) whole "$1" "$2" 1; gpus=$2 ;;
-        --port) whole "$1" "$2" 1; port=$2 ;;
+        --processes) whole "$1" "$2" 1 1024; processes=$2 ;;
+        --gpus-each) whole "$1" "$2" 1 64; gpus=$2 ;;
+        --port) whole "$1" "$2" 1 65535; port=$2 ;;
         --secrets) secrets=$2 ;;
         --retries) whole "$1" "$2" 0; retries=$2 ;;
         --backoff) whole "$1" "$2" 0; backoff=$2 ;;

@@ -42,10 +42,11 @@ while (($#)); do
     -h | --help) usage; exit 0 ;;
     --dry-run) dry_run=yes; shift ;;
     --) shift; break ;;
-    --sbatch=*) more+=("${1#--sbatch=}"); shift ;;
+    --sbatch=*) handed_on --sbatch "${1#--sbatch=}"; more+=("${1#--sbatch=}"); shift ;;
+    --sbatch) handed_on "$@"; more+=("$2"); shift 2 ;;
     --workdir | --name | --nodes | --tasks-per-node | --gpus-per-node | --time | --grace | \
-      --sbatch | --secrets | --retries | --requeues)
-      value "$1" $#
+      --secrets | --retries | --requeues)
+      value "$@"
       case $1 in
         --workdir) workdir=$2 ;;
         --name) name=$2 ;;
@@ -53,8 +54,7 @@ while (($#)); do
         --tasks-per-node) whole "$1" "$2" 1; tasks=$2 ;;
         --gpus-per-node) whole "$1" "$2" 1; gpus=$2 ;;
         --time) limit=$2 ;;
-        --grace) whole "$1" "$2" 1; grace=$2 ;;
-        --sbatch) more+=("$2") ;;
+        --grace) whole "$1" "$2" 1 65535; grace=$2 ;; # sbatch takes no more
         --secrets) secrets=$2 ;;
         --retries) whole "$1" "$2" 0; retries=$2 ;;
         --requeues) whole "$1" "$2" 0; requeues=$2 ;;
@@ -67,7 +67,10 @@ done
 [[ -n $workdir ]] || fail "no --workdir; give a folder that all nodes share."
 [[ $workdir != gs://* ]] || fail "--workdir is a bucket; give a folder that all nodes share."
 [[ $workdir == /* ]] || workdir=$PWD/$workdir
-[[ $grace -le 65535 ]] || fail "--grace is $grace; sbatch takes at most 65535."
+[[ $name != *[[:cntrl:]]* ]] || fail "--name is '$name'; give one line of text."
+[[ -z $limit || ${limit,,} =~ ^(unlimited|infinite)$ ||
+  $limit =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
+  fail "--time is '$limit'; give minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS, like 04:00:00."
 training "$@"
 need sbatch "run this on a login node of a Slurm cluster"
 need cascade "activate the environment that has it (pip install -e .)"

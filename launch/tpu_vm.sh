@@ -58,21 +58,21 @@ while (($#)); do
     --queue) queue=yes; shift ;;
     --spot) spot=yes; shift ;;
     --keep) keep=yes; shift ;;
-    --create=*) more+=("${1#--create=}"); shift ;;
+    --create=*) handed_on --create "${1#--create=}"; more+=("${1#--create=}"); shift ;;
+    --create) handed_on "$@"; more+=("$2"); shift 2 ;;
     --) shift; break ;;
-    --name | --zone | --project | --topology | --workdir | --create | --runtime | --secrets | \
-      --poll | --retries | --backoff | --lines)
-      value "$1" $#
+    --name | --zone | --project | --topology | --workdir | --runtime | --secrets | --poll | \
+      --retries | --backoff | --lines)
+      value "$@"
       case $1 in
         --name) name=$2 ;;
         --zone) zone=$2 ;;
         --project) project=$2 ;;
         --topology) topology=$2 ;;
         --workdir) workdir=${2%/} ;;
-        --create) more+=("$2") ;;
         --runtime) runtime=$2 ;;
         --secrets) secrets=$2 ;;
-        --poll) whole "$1" "$2" 0; poll=$2 ;;
+        --poll) whole "$1" "$2" 1; poll=$2 ;;
         --retries) whole "$1" "$2" 0; retries=$2 ;;
         --backoff) whole "$1" "$2" 0; backoff=$2 ;;
         --lines) whole "$1" "$2" 1; lines=$2 ;;
@@ -84,12 +84,15 @@ while (($#)); do
 done
 [[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
   fail "--name is '$name'; give one of lower-case letters, digits and dashes, at most 40."
-[[ -n $zone ]] || fail "no --zone; give the one that the TPU is in, like us-east5-a."
+[[ $zone =~ ^[a-z]+-[a-z0-9-]+$ ]] ||
+  fail "--zone is '$zone'; give the one that the TPU is in, like us-east5-a."
+[[ -z $project || $project =~ ^[a-z][a-z0-9.:-]*$ ]] ||
+  fail "--project is '$project'; give a project's ID, like my-project-123."
 need gcloud "install the Google Cloud CLI"
 
 case $job in
   train | bootstrap | run)
-    [[ $workdir =~ ^gs://[a-z0-9._-]+/[^[:cntrl:]]+$ ]] ||
+    [[ $workdir =~ ^gs://[a-z0-9._-]+/[^/[:cntrl:]][^[:cntrl:]]*$ ]] ||
       fail "--workdir is '$workdir'; give gs://BUCKET/PATH, which all workers can write to."
     ;;
 esac

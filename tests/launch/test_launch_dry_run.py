@@ -83,6 +83,70 @@ MISTAKES = {
     "gke: two folders": ("gke.py", GKE, (*AWKWARD, "--workdir", "y"), "before"),
     "gke: odd hosts": ("gke.py", (*GKE[:-1], "v5e-1", "--chips-per-host", "4"), AWKWARD, "divide"),
 }
+CLAIM = (*without("--workdir", GKE), "--claim", "c", "--workdir")
+GPUS = (*without("--topology", GKE), "--gpus", "l4:1")
+# What a dry run refuses too, as it is wrong wherever it would be run.
+ODD = {
+    "local: beyond all ports": ("local.sh", ("--port", "99999"), (), "at most 65535"),
+    "local: a million processes": ("local.sh", ("--processes", "1000000"), (), "at most 1024"),
+    "local: an option for a folder": ("local.sh", ("--workdir", "--port"), (), "needs a value"),
+    "local: an empty secret": ("local.sh", ("--secrets", ""), (), "--secrets needs a value"),
+    "local: two lines": ("local.sh", ("--processes", "1\n2"), (), "'1 2'"),
+    "slurm: empty": ("slurm.sh", ("--sbatch=",), (), "--sbatch is ''"),
+    "slurm: a script": ("slurm.sh", ("--sbatch", "partition=a100"), (), "partition=a100"),
+    "slurm: the end of options": ("slurm.sh", ("--sbatch=--",), (), "--sbatch is '--'"),
+    "slurm: a word for a time": ("slurm.sh", ("--time", "abc"), (), "04:00:00"),
+    "slurm: a time of four parts": ("slurm.sh", ("--time", "1:2:3:4"), (), "04:00:00"),
+    "slurm: two lines": ("slurm.sh", ("--name", "a\nb"), (), "--name is 'a b'"),
+    "slurm: a long grace": ("slurm.sh", ("--grace", "65536"), (), "at most 65535"),
+    "tpu_vm: no pause": ("tpu_vm.sh", (*TPU, "--poll", "0"), (), "at least 1"),
+    "tpu_vm: an odd zone": ("tpu_vm.sh", (*TPU, "--zone", "us east"), (), "us-east5-a"),
+    "tpu_vm: an odd project": ("tpu_vm.sh", (*TPU, "--project", "-x"), (), "--project is '-x'"),
+    "tpu_vm: not an option": ("tpu_vm.sh", (*TPU, "--create", "mine"), (), "--create is 'mine'"),
+    "tpu_vm: a whole bucket": ("tpu_vm.sh", (*TPU, "--workdir", "gs://b//"), (), "gs://BUCKET/"),
+    "gke: an empty image": ("gke.py", (*GKE, "--image", ""), (), "--image"),
+    "gke: a spaced image": ("gke.py", (*GKE, "--image", "a b"), (), "--image"),
+    "gke: a whole bucket": ("gke.py", (*GKE, "--workdir", "gs://b//"), (), "gs://BUCKET/"),
+    "gke: a whole claim": ("gke.py", (*CLAIM, ""), (), "--claim"),
+    "gke: nodes of a slice": ("gke.py", (*GKE, "--nodes", "4"), (), "--gpus"),
+    "gke: chips of a node": ("gke.py", (*GPUS, "--chips-per-host", "4"), (), "--topology"),
+}
+for _script, _words in {
+    "local.sh": ("--workdir", "x"),
+    "slurm.sh": ("--workdir", "x"),
+    "tpu_vm.sh": TPU,
+    "gke.py": GKE,
+}.items():
+    ODD |= {
+        f"{_script}: {' '.join(more)}": (_script, _words, more, said)
+        for more, said in [
+            (("--processes", "3"), "--processes is the launcher's"),
+            (("--process=0",), "--process is the launcher's"),
+            (("--coordinator", "a:1"), "--coordinator is the launcher's"),
+        ]
+    }
+    ODD[f"{_script}: a config's variant alone"] = (_script, _words, ("--config", ":smoke"), "onfig")
+    ODD[f"{_script}: an option for a config"] = (_script, _words, ("--config", "--x"), "onfig")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_dry_run_refuses_what_cannot_be_run(name):
+    script, words, more, said = ODD[name]
+    if script in ("local.sh", "slurm.sh"):
+        words = ("--workdir", "x", *words)
+    rest = more if more[:1] == ("--config",) else (*AWKWARD, *more)
+    done = run(script, *words, "--dry-run", "--", *rest)
+    assert done.returncode == 2, done
+    assert said in done.stderr and not done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "limit", ["90", "4:00", "04:00:00", "7-0", "7-12:30", "1-0:0:0", "UNLIMITED"]
+)
+def test_slurm_takes_every_form_of_a_time(limit):
+    done = run("slurm.sh", "--workdir", "x", "--time", limit, "--dry-run", "--", *AWKWARD)
+    assert done.returncode == 0 and f"--time={limit}" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -177,7 +177,7 @@ def test_any_words_arrive_in_the_container(words):
     overrides = [f"--config.a={word}" for word in words]
     settings = {
         "name": "base", "namespace": "default", "image": "i", "workdir": "gs://b/r", "claim": None,
-        "topology": "v5e-4", "chips_per_host": None, "gpus": None, "nodes": 1, "queue": None,
+        "topology": "v5e-4", "chips_per_host": None, "gpus": None, "nodes": None, "queue": None,
         "priority": None, "spot": False, "secret": None, "service_account": None, "restarts": 1,
     }  # fmt: skip
     text = gke.as_yaml(gke.manifest(settings, ("--config", "c.py", *overrides)))

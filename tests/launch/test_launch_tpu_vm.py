@@ -58,7 +58,7 @@ def cloud(tmp_path):
         folder = tmp_path / "cloud"
         tools = install(
             tmp_path / "tools", gcloud=GCLOUD, cascade=CASCADE, uv=UV, git=GIT,
-            gcsfuse=NOTHING, mountpoint=NOTHING,
+            gcsfuse=NOTHING, mountpoint=NOTHING, sleep=NOTHING,
         )  # fmt: skip
         environment = {  # noqa: RUF012
             "CLOUD": str(tmp_path / "cloud"),
@@ -72,7 +72,7 @@ def cloud(tmp_path):
                 (self.folder / f"plan.{worker}").write_text("\n".join(starts) + "\n")
 
         def train(self, *words: str):
-            quick = ("--poll", "0", "--backoff", "0")
+            quick = ("--poll", "1", "--backoff", "0")
             return run(
                 "tpu_vm.sh", "train", *PLACE, *BUCKET, "--topology", "v5p-16", *quick, *words, "--",
                 *AWKWARD, environment=self.environment,
