@@ -135,6 +135,24 @@ def consistency(*, backward: bool, teacher_steps_start: int, teacher_steps_end: 
 OBJECTIVES = {"progressive": progressive, "consistency": consistency}
 
 
+def matching() -> Objective:
+    """The student is to answer what the teacher does, at any time (Meng et al. 2023, §3.1).
+
+    The first stage of guided distillation: with a guided teacher, a student that is told the
+    weight learns its two evaluations as one. It needs no steps, and is none of OBJECTIVES, which
+    make steps fewer.
+    """
+
+    def objective(key, x, teacher, student, schedule, steps, fraction):
+        x = _wide(x)
+        time_key, noise_key = jax.random.split(key)
+        logsnr_t = schedule(stratified_times(time_key, len(x)))
+        z_t = diffuse(x, jax.random.normal(noise_key, x.shape, x.dtype), logsnr_t)
+        return jax.lax.stop_gradient(Example(z_t, logsnr_t, _wide(teacher(z_t, logsnr_t).x)))
+
+    return objective
+
+
 def distillation_loss(prediction: Prediction, example: Example, weighting: Weighting) -> Array:
     """weighting(logsnr) · mean (eps - eps_hat)² of each example, [B], with `example.x`'s eps.
 
