@@ -120,6 +120,10 @@ def test_the_command_writes_the_same_files(tmp_path):
     assert found.keys() == expected.keys() and len(found) == 4
     assert all(spread(found[name], expected[name]) <= 1 for name in found)
 
-    for mesh, message in (("data=3", "needs 3 devices but 8"), ("rows=8", "name axes once")):
+    for mesh, message in (
+        ("data=3", "needs 3 devices but there are 8"),
+        ("rows=8", "name axes once"),
+        ("", "name axes once"),
+    ):
         result, found = sample("none", "--mesh", mesh)
         assert result.exit_code == 2 and message in result.output and not found

@@ -69,9 +69,9 @@ def joined(mesh, coordinator, processes, process):
     from cascade.parallel.mesh import make_mesh, parse_mesh
     from cascade.parallel.processes import connect
 
-    sizes = mesh and parse_mesh(mesh)
+    sizes = None if mesh is None else parse_mesh(mesh)
     connect(coordinator, processes, process)
-    return make_mesh(**sizes) if sizes else None
+    return None if sizes is None else make_mesh(**sizes)
 
 
 @click.command()

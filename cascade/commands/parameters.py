@@ -26,15 +26,14 @@ def process_options(command):
             click.option(
                 "--coordinator",
                 metavar="HOST:PORT",
-                envvar="CASCADE_COORDINATOR",
-                help="Where process 0 listens, if several processes run this together. "
-                "[default: from Slurm, Open MPI or Cloud TPU, or alone]",
+                help="Where process 0 listens, if several processes run this together. [default: "
+                "CASCADE_COORDINATOR, or from Slurm, Open MPI or Cloud TPU, or alone]",
             ),
             click.option(
-                "--processes", type=int, envvar="CASCADE_PROCESSES", help="How many there are."
+                "--processes", type=int, help="How many there are. [default: CASCADE_PROCESSES]"
             ),
             click.option(
-                "--process", type=int, envvar="CASCADE_PROCESS", help="Which one this is, from 0."
+                "--process", type=int, help="Which one this is, from 0. [default: CASCADE_PROCESS]"
             ),
         ]
     ):

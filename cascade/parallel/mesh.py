@@ -29,15 +29,13 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
-    wished = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise UserError(f"Mesh {wished}: sizes are positive, and at most one of them is -1.")
+    wished = _checked_sizes(dict(zip(AXES, sizes, strict=True)))
     if -1 in sizes:
         known = math.prod(size for size in sizes if size > 0)
         sizes[sizes.index(-1)] = max(len(devices) // known, 1)
     if math.prod(sizes) != len(devices):
         raise UserError(
-            f"Mesh {wished} needs {math.prod(sizes)} devices but {len(devices)} are here; "
+            f"Mesh {wished} needs {math.prod(sizes)} devices but there are {len(devices)}; "
             "choose mesh sizes that multiply to that number, or make one -1: what is left."
         )
     # The Explicit default of jax.make_mesh fails on a sharded convolution kernel.
@@ -71,7 +69,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Reads "data=4,fsdp=64"; an axis that isn't named has size 1, and -1 is what is left.
 
     Raises:
-      UserError: it isn't such a list.
+      UserError: it isn't such a list, or a size can't be.
     """
     sizes = dict.fromkeys(AXES, 1)
     try:
@@ -84,7 +82,22 @@ def parse_mesh(text: str) -> dict[str, int]:
             f"Can't read the mesh {text!r}; name axes once each, of {', '.join(AXES)}, like "
             "data=4,fsdp=64."
         )
+    _checked_sizes(sizes | named)
     return sizes | named
+
+
+def _checked_sizes(sizes: dict[str, int]) -> str:
+    """The sizes as text, for messages.
+
+    Raises:
+      UserError: one is zero or below -1, or several are -1.
+    """
+    wished = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if list(sizes.values()).count(-1) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+        raise UserError(
+            f"Mesh {wished}: sizes are 1 or more, but for one of -1, which is what is left."
+        )
+    return wished
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:

@@ -1,11 +1,16 @@
 """Where schedulers say which process this is, and what is missing or contradictory."""
 
 import http.server
+import re
+import socket
 import threading
 
 import pytest
+from click.testing import CliRunner
 
+from cascade.cli import main
 from cascade.errors import UserError
+from cascade.parallel import environments
 from cascade.parallel.environments import first_host, place
 
 SLURM = {
@@ -117,11 +122,33 @@ def test_options_come_before_all_else():
             {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
             "told by Open MPI",
         ),
+        ((None, None, None), {"CASCADE_PROCESSES": "4"}, "beside --processes (told by CASCADE_PRO"),
+        (("a:1", 2, None), {"CASCADE_PROCESS": "2"}, "Process 2 of 2 can't be (told by CASCADE_PR"),
+        (("a:1", None, 0), {"CASCADE_PROCESSES": "0"}, "--processes is 0 (told by CASCADE_PROCES"),
+        ((None, 2, 0), {"CASCADE_COORDINATOR": "x"}, "is 'x' (told by CASCADE_COORDINATOR)"),
+        (("a:1", 2, None), {}, "beside --coordinator and --processes; several"),
+        ((None, None, None), SLURM | {"SLURM_PROCID": "4"}, "Process 4 of 4 can't be (told by Slu"),
+        # What isn't a number, of a Cloud TPU's too.
+        ((None, None, None), GKE_TPU | {"TPU_WORKER_ID": "one"}, "TPU_WORKER_ID is 'one'"),
+        ((None, None, None), GKE_TPU | {"TPU_WORKER_ID": "1" * 5000}, "TPU_WORKER_ID is '1111"),
+        ((None, None, None), GKE_TPU | {"TPU_WORKER_ID": "7"}, "(told by Cloud TPU)"),
+        ((None, None, None), GKE_TPU | {"MEGASCALE_NUM_SLICES": "2.0"}, "SLICES is '2.0'"),
+        ((None, None, None), GKE_TPU | {"MEGASCALE_NUM_SLICES": "0"}, "--processes is 0"),
+        ((None, None, None), GKE_TPU | {"MEGASCALE_SLICE_ID": "-9"}, "Process -17 of 2"),
+        ((None, None, None), SLURM | {"SLURM_JOB_ID": "1_0"}, "'1_0'"),
     ],
 )
 def test_what_is_refused(options, environment, said):
-    with pytest.raises(UserError, match=said.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(said)):
         place(*options, environment)
+
+
+def test_the_command_line_says_that_a_variable_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("CASCADE_PROCESSES", "4")
+    words = ["train", "--config", "configs/emoji/demo_base.py:smoke", "--workdir", str(tmp_path)]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert "beside --processes (told by CASCADE_PROCESSES)" in done.output
 
 
 def test_node_lists():
@@ -158,3 +185,26 @@ def test_a_tpu_vm_asks_its_metadata_server(endpoints):
         del answers["agent-worker-number"]
         assert told(environment) is None
         server.shutdown()
+
+
+def test_no_metadata_server_is_waited_for_once_and_told(monkeypatch, caplog):
+    monkeypatch.setattr(environments, "METADATA_WAIT", 0.05)
+    connections = []
+    with socket.create_server(("localhost", 0)) as silent:  # it takes calls and says nothing
+        silent.settimeout(0.2)
+        environment = {"GCE_METADATA_HOST": f"localhost:{silent.getsockname()[1]}"}
+        assert told(environment) is None
+        with pytest.raises(TimeoutError):
+            while True:
+                connections.append(silent.accept())
+    assert len(connections) == 1
+    (record,) = caplog.records
+    assert "No metadata server answers" in record.message
+    for connection, _ in connections:
+        connection.close()
+
+
+@pytest.mark.parametrize("host", ["localhost:1", "no such host", "localhost:port"])
+def test_where_no_metadata_server_can_be_nothing_is_said(host, caplog):
+    assert told({"GCE_METADATA_HOST": host}) is None
+    assert not caplog.records

@@ -60,6 +60,13 @@ def test_an_open_size_is_refused(config):
         placement.placement(config, {"data": -1, "fsdp": 8, "tensor": 1})
 
 
+@pytest.mark.parametrize("mesh", ["data=0", "data=-2", "data=-1,fsdp=-1"])
+def test_the_command_refuses_sizes_that_no_mesh_has(mesh):
+    arguments = ["describe", "--config", "configs/emoji/demo_base.py:smoke", "--mesh", mesh]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and "sizes are 1 or more" in result.output
+
+
 def test_the_command_describes_every_stage():
     arguments = ["describe", "--config", "configs/imagen/cascade.py:smoke", "--mesh", "fsdp=4"]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
