@@ -16,8 +16,8 @@ from cascade.stage import Stage
 from cascade.text.encoders import ENCODERS
 from cascade.training.checkpoint import Checkpoints
 from cascade.training.optim import make_optimizer
+from cascade.training.same_run import portable_text
 from cascade.training.state import init_state
-from cascade.training.train import portable_text
 
 
 class Run(NamedTuple):

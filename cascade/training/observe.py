@@ -34,6 +34,7 @@ class Observer:
     Metrics stay on the device until they are logged, so that no step waits for the host.
 
     Args:
+      task: what is learnt, a `cascade.training.loop.Task`.
       mesh: where the state lies. Of several processes, all observe together.
       put_batch: a batch of numpy arrays -> global arrays, captions' states among them.
       start: steps done before.
@@ -41,19 +42,18 @@ class Observer:
     """
 
     def __init__(
-        self, stage, config, workdir, mesh: Mesh, put_batch, start: int, evaluation: list[dict]
+        self, task, config, workdir, mesh: Mesh, put_batch, start: int, evaluation: list[dict]
     ):
-        self.stage, self.settings, self.put_batch = stage, config.train, put_batch
-        self.mesh = mesh
+        self.task, self.stage, self.settings = task, task.stage, config.train
+        self.put_batch, self.mesh = put_batch, mesh
         self.workdir = pathlib.Path(workdir)
         self.metrics = Metrics(workdir, start)
         self.evaluation = evaluation
-        loss = functools.partial(stage.loss, train=False)
+        loss = functools.partial(task.loss, train=False)
         self.evaluate = jax.jit(loss, out_shardings=replicated(mesh))
         # Training folds 1 into the seed's key; evaluation and samples have numbers of their own.
         seed = jax.random.key(config.seed)
         self.eval_key, self.sample_key = (jax.random.fold_in(seed, purpose) for purpose in (2, 3))
-        self.picture_flops = 3 * stage.forward_flops
         self.pending, self.input_wait = [], 0.0
         self.since = None  # the first step compiles; the clock starts after it
 
@@ -104,7 +104,7 @@ class Observer:
         if self.timed_steps:
             pictures = self.timed_steps * self.settings.batch_size / seconds
             values["pictures_per_second"] = pictures
-            values["flops_per_second"] = pictures * self.picture_flops
+            values["flops_per_second"] = pictures * self.task.flops
             if peak_flops():
                 values["flop_utilisation"] = values["flops_per_second"] / peak_flops()
             values["input_wait"] = self.input_wait / seconds
@@ -121,6 +121,7 @@ class Observer:
                 state.ema_params,
                 self.put_batch(batch),
                 jax.random.fold_in(self.eval_key, index),
+                *self.task.given(step - 1),
             )[1]
             for index, batch in enumerate(self.evaluation)
         ]

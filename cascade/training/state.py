@@ -31,9 +31,13 @@ class TrainState:
     opt_state: Any
 
 
-def init_state(stage, optimizer: optax.GradientTransformation, key) -> TrainState:
-    """Fresh parameters, their EMA equal to them, and an empty optimiser state."""
-    params = stage.init(key)
+def init_state(task, optimizer: optax.GradientTransformation, key, *given) -> TrainState:
+    """Fresh parameters, their EMA equal to them, and an empty optimiser state.
+
+    Args:
+      task: has `init(key, *given)`: a `Stage`, or a `cascade.training.loop.Task`.
+    """
+    params = task.init(key, *given)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -47,24 +51,25 @@ def ema_decay(step, decay: float):
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 
-def gradients(stage, params, batch, key, microbatches: int, platform: str):
+def gradients(task, params, batch, key, microbatches: int, platform: str, *given):
     """Loss gradient and metrics of a batch [B, ...], taken `microbatches` slices at a time.
 
     The slices' gradients are averaged, so that memory is that of B / microbatches pictures.
 
     Args:
+      task: has `loss(params, batch, key, *given)`.
       platform: that this is compiled for: "cpu", "gpu", "tpu".
     """
-    grad = jax.grad(stage.loss, has_aux=True)
+    grad = jax.grad(task.loss, has_aux=True)
     if microbatches == 1:
-        return grad(params, batch, key)
+        return grad(params, batch, key, *given)
 
     def split(a):  # [B, ...] -> [B/M, M, ...] -> [M, B/M, ...]: each device's share stays its own
         return a.reshape(a.shape[0] // microbatches, microbatches, *a.shape[1:]).swapaxes(0, 1)
 
     def add_slice(total, slice_and_index):
         part, index = slice_and_index
-        grads, metrics = grad(params, part, jax.random.fold_in(key, index))
+        grads, metrics = grad(params, part, jax.random.fold_in(key, index), *given)
         return jax.tree.map(jnp.add, total, grads), metrics
 
     # Inside a scan XLA's CPU backend runs a convolution's kernel gradient about 45 times slower.
@@ -80,11 +85,12 @@ def gradients(stage, params, batch, key, microbatches: int, platform: str):
 
 
 def make_train_step(
-    stage, optimizer: optax.GradientTransformation, config, platform: str | None = None
+    task, optimizer: optax.GradientTransformation, config, platform: str | None = None
 ):
-    """`train_step(state, batch, key) -> (state, metrics)`, to be jitted with the state donated.
+    """`train_step(state, batch, key, *given) -> (state, metrics)`, to be jitted, state donated.
 
     Args:
+      task: as for `gradients`.
       config: the `train` section, with `microbatches` and `ema_decay`.
       platform: as `gradients`; None is the platform that is here.
 
@@ -93,9 +99,10 @@ def make_train_step(
 
     platform = platform or jax.default_backend()
 
-    def train_step(state: TrainState, batch, key):
+    def train_step(state: TrainState, batch, key, *given):
         key = jax.random.fold_in(key, state.step)
-        grads, metrics = gradients(stage, state.params, batch, key, config.microbatches, platform)
+        how = config.microbatches, platform
+        grads, metrics = gradients(task, state.params, batch, key, *how, *given)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay(state.step, config.ema_decay)
@@ -108,7 +115,7 @@ def make_train_step(
     return train_step
 
 
-def jit_train_step(stage, optimizer: optax.GradientTransformation, config, mesh: Mesh, placed):
+def jit_train_step(task, optimizer: optax.GradientTransformation, config, mesh: Mesh, placed):
     """`make_train_step`'s, compiled for a mesh, the state donated and coming back where it was.
 
     Args:
@@ -116,7 +123,7 @@ def jit_train_step(stage, optimizer: optax.GradientTransformation, config, mesh:
       placed: the state's shardings.
     """
     return jax.jit(
-        make_train_step(stage, optimizer, config, mesh.devices.flat[0].platform),
+        make_train_step(task, optimizer, config, mesh.devices.flat[0].platform),
         donate_argnums=0,
         out_shardings=(placed, replicated(mesh)),
         compiler_options=compiler_options(mesh),

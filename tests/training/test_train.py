@@ -15,7 +15,8 @@ from cascade.errors import UserError
 from cascade.text.bert import VENDORED
 from cascade.training import metrics
 from cascade.training.export import bundle_runs
-from cascade.training.train import train, write_config
+from cascade.training.loop import write_config
+from cascade.training.train import train
 
 SMOKE = "configs/emoji/base64.py:smoke"
 

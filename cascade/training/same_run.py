@@ -1,0 +1,71 @@
+"""Whether what a folder holds is the run that a config describes, so that it may go on."""
+
+from cascade import config as configs
+from cascade.errors import UserError
+from cascade.parallel import processes
+
+# Of a config, what a resumed run may not change without becoming another run.
+FIXED = (
+    "seed",
+    "stage",
+    "text",
+    "data",
+    "train.batch_size",
+    "train.microbatches",
+    "train.optimizer",
+    "train.clip_norm",
+    "train.ema_decay",
+)
+# What may: where the same data lies on this machine, and what a step recomputes.
+PLACES = ("data_dir", "path", "files")
+COMPUTED = ("remat",)
+
+
+def check_same_run(config, text_fingerprint: str, saved: dict, step: int):
+    """Raises a UserError where a checkpoint is another run's.
+
+    Args:
+      config, text_fingerprint: this run's.
+      saved: the checkpoint's meta.
+      step: its number.
+    """
+    configured = (configs.to_json(config), saved["config"])
+    now, then = (_without(COMPUTED, without_places(each)) for each in configured)
+    for path in FIXED:
+        ours, theirs = now, then
+        for key in path.split("."):
+            ours, theirs = ours.get(key), theirs.get(key)
+        if ours != theirs:
+            where, ours, theirs = processes.first_difference(f"config.{path}", ours, theirs)
+            raise UserError(
+                f"This working folder holds step {step} of another run: {where} is {ours!r} now "
+                f"and was {theirs!r}; use another --workdir."
+            )
+    if saved["text_fingerprint"] not in ("", text_fingerprint):
+        raise UserError(
+            f"This working folder holds step {step} of a run with another text encoder: its "
+            f"fingerprint is {text_fingerprint[:8]} now and was {saved['text_fingerprint'][:8]}; "
+            "give the weights that it began with, or another --workdir."
+        )
+
+
+def portable_text(section: dict) -> dict:
+    """A text section without its weights' place, which differs between machines.
+
+    Whether two places hold the same weights is for the encoder's fingerprint to tell.
+    """
+    return {key: value for key, value in section.items() if key != "weights"}
+
+
+def without_places(config: dict) -> dict:
+    """A config as JSON without where its data, captions' states and weights lie on this machine."""
+    kept = _without(PLACES, config)
+    kept["text"] = portable_text(kept["text"])
+    kept["text_cache"] = {**kept["text_cache"], "folder": bool(kept["text_cache"]["folder"])}
+    return kept
+
+
+def _without(keys, tree):
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _without(keys, value) for key, value in tree.items() if key not in keys}
