@@ -47,6 +47,7 @@ class OneSentence(click.Group):
             with unwound_when_terminated():
                 return super().main(*args, standalone_mode=False, **kwargs)
         except Stopped as stop:
+            roll.close_bars()
             if roll.is_first():
                 click.echo(stop)
         except UserError as error:

@@ -2,19 +2,23 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 from one_level import flags
 from PIL import Image
 from processes import QUICK
 from tiny_cascade import stage_config, trained
+from tqdm import tqdm
 
 from cascade.bundle import save_bundle
-from cascade.cli import main
+from cascade.cli import OneSentence, main
+from cascade.errors import UserError
 from cascade.images import read_metadata
 from cascade.text.encoders import ENCODERS
 
@@ -43,6 +47,23 @@ def bundle(tmp_path_factory):
     stages = [trained(stage_config(8, 0, **shape)), trained(stage_config(16, 8, **shape))]
     encoder = ENCODERS["minilm"](max_length=8, weights="")
     return save_bundle(folder, stages, TEXT, encoder)
+
+
+def test_a_sentence_has_its_own_line_where_a_bar_is_open():
+    @click.group(cls=OneSentence)
+    def group():
+        pass
+
+    @group.command()
+    def fail():
+        bar = tqdm(range(3))
+        for _ in bar:
+            raise UserError("It broke.")
+
+    result = CliRunner().invoke(group, ["fail"])
+    assert result.exit_code == 2
+    *_, bar, said, end = re.split("[\r\n]", result.stderr)
+    assert "0/3" in bar and (said, end) == ("error: It broke.", "")
 
 
 COMMANDS = [

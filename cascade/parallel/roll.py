@@ -281,6 +281,7 @@ class Roll:
 
 def end(sentence: str, code: int):
     """Says why and ends this process; one of several tells the others, and waits for nothing."""
+    close_bars()
     if current is None:
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(code)
@@ -291,6 +292,17 @@ def end(sentence: str, code: int):
     current.outlive()
     sys.stdout.flush()
     os._exit(code)  # jax would wait for the others, who wait for this one
+
+
+def close_bars():
+    """Ends progress bars that an error has left open, so that what is said next has its own line.
+
+    An error holds the variables of what it came through, bars among them, and a bar leaves the
+    cursor behind it. So does the bar of another thread.
+    """
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
