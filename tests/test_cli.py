@@ -56,9 +56,9 @@ def test_a_sentence_has_its_own_line_where_a_bar_is_open():
 
     @group.command()
     def fail():
-        bar = tqdm(range(3))
-        for _ in bar:
-            raise UserError("It broke.")
+        bar = tqdm(total=3)
+        bar.update(0)
+        raise UserError("It broke.")
 
     result = CliRunner().invoke(group, ["fail"])
     assert result.exit_code == 2
