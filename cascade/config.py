@@ -16,6 +16,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cascade import registry
+from cascade.diffusion.samplers import SAMPLERS
+from cascade.diffusion.spacings import check_levels
 from cascade.errors import UserError
 from cascade.parallel.mesh import AXES
 from cascade.schema import (
@@ -259,13 +261,20 @@ def check_sampling(sampling: Mapping, where: str = "sampling"):
     """
     _check_tree(where, sampling, SAMPLING)
     _check_ranges(where, sampling, SAMPLING_RANGES)
-    interval = sampling["guidance_interval"]
-    numbers = all(isinstance(end, int | float) for end in interval)
-    if interval and not (numbers and len(interval) == 2 and interval[0] < interval[1]):
-        raise UserError(
-            f"{where}.guidance_interval is {interval}; give two numbers (low, high) in logsnr, "
-            "or ()."
-        )
+    for key, part in SAMPLING.items():
+        if isinstance(part, Part):
+            try:
+                registry.build(part.kind, part.parts, sampling[key])
+            except UserError as error:
+                raise UserError(f"{where}.{key}: {error}") from error
+    for entry in sampling["searched"]:
+        pair = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], tuple)
+        if not pair or entry[0] not in SAMPLERS:
+            raise UserError(
+                f"{where}.searched holds {entry!r}; give pairs (sampler, levels) with one of "
+                f"{', '.join(SAMPLERS)}."
+            )
+        check_levels(f"{where}.searched for {entry[0]}", entry[1])
     if 0 < sampling["tile"] <= sampling["tile_overlap"]:
         raise UserError(
             f"{where}.tile_overlap is {sampling['tile_overlap']}; give less than "
@@ -283,7 +292,7 @@ def from_json(tree) -> ConfigDict:
     """The inverse of `to_json`: lists become tuples again.
 
     What runs and bundles wrote before `remat` had policies, True or False, is read as the policy
-    that it meant.
+    that it meant, and an interval of guidance from before there were other schedules as its.
     """
 
     def restore(value):
@@ -291,6 +300,11 @@ def from_json(tree) -> ConfigDict:
             restored = {key: restore(item) for key, item in value.items()}
             if isinstance(restored.get("remat"), bool):
                 restored["remat"] = "blocks" if restored["remat"] else "none"
+            if "guidance_interval" in restored:
+                interval = restored.pop("guidance_interval")
+                limits = dict(zip(("low", "high"), interval, strict=False))
+                schedule = {"name": "interval" if limits else "constant", **limits}
+                restored |= {"guidance_schedule": schedule, "searched": ()}
             return restored
         return tuple(restore(item) for item in value) if isinstance(value, list) else value
 

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 from cascade.data.refine import ENCODINGS
 from cascade.data.sources import SOURCES
-from cascade.diffusion.guidance import THRESHOLDS
+from cascade.diffusion.guidance import GUIDANCE_SCHEDULES, THRESHOLDS
 from cascade.diffusion.losses import WEIGHTINGS
-from cascade.diffusion.samplers import SAMPLERS, SPACINGS
+from cascade.diffusion.samplers import SAMPLERS
 from cascade.diffusion.schedules import SCHEDULES
+from cascade.diffusion.spacings import SPACINGS
 from cascade.networks import NETWORKS
 from cascade.text.encoders import ENCODERS
 from cascade.text.segment import DTYPES
@@ -27,8 +28,9 @@ SAMPLING = {
     "sampler": Part("sampler", SAMPLERS),
     "spacing": Part("spacing", SPACINGS),
     "steps": int,
+    "searched": tuple,  # of (sampler, levels), for as many steps: go before the spacing
     "guidance": float,
-    "guidance_interval": tuple,  # (low, high) in logsnr; () = everywhere
+    "guidance_schedule": Part("guidance schedule", GUIDANCE_SCHEDULES),
     "rescale": float,
     "threshold": Part("threshold", THRESHOLDS),
     "aug_level": float,

@@ -17,6 +17,7 @@ from cascade import config as configs
 from cascade import registry
 from cascade.diffusion import conditioning, guidance, losses, process, samplers, tiling
 from cascade.diffusion.schedules import SCHEDULES
+from cascade.diffusion.spacings import SPACINGS
 from cascade.errors import UserError
 from cascade.networks import NETWORKS, cost
 from cascade.parallel.layout import Layout
@@ -185,13 +186,31 @@ class Stage:
     def settings(self, **changes) -> FrozenConfigDict:
         """The config's `sampling` section with some keys changed; hashable, so jit can key on it.
 
+        Levels that were searched for just this sampler and number of steps become the spacing,
+        unless `changes` name another.
+
         Raises:
           UserError: an unknown key, a value outside its range, or tiles that it can't draw.
         """
         merged = {**self.config.sampling.to_dict(), **changes}
         configs.check_sampling(merged)
         self._check_tiles(merged)
-        return FrozenConfigDict(merged)
+        for sampler, levels in merged["searched"]:
+            fits = (sampler, len(levels) - 1) == (merged["sampler"]["name"], merged["steps"])
+            if fits and "spacing" not in changes:
+                merged["spacing"] = {"name": "given", "levels": levels}
+        settings = FrozenConfigDict(merged)
+        self.levels(settings)
+        return settings
+
+    def levels(self, settings):
+        """logsnr [steps + 1], increasing: the noise levels that the settings visit.
+
+        Raises:
+          UserError: the spacing can't be had with this schedule or number of steps.
+        """
+        spacing = registry.build("spacing", SPACINGS, settings.spacing)
+        return spacing(self.schedule, settings.steps)
 
     def denoiser(self, params, cond, null_cond, settings, guidance_weight):
         """denoise(z_t, logsnr) -> Denoised: threshold ∘ guide ∘ to_x ∘ tile ∘ predict.
@@ -199,6 +218,7 @@ class Stage:
         Args:
           cond, null_cond: conditions of B pictures; the second is what guidance leads away from.
           guidance_weight: 1.0 (a Python float) costs one evaluation; else two, as a batch of 2B.
+            The settings' schedule says where it holds.
         """
 
         def predict(z_t, logsnr, cond):
@@ -206,12 +226,14 @@ class Stage:
 
         if settings.tile:
             predict = tiling.tiled(predict, settings.tile, settings.tile_overlap)
+        schedule = registry.build(
+            "guidance schedule", guidance.GUIDANCE_SCHEDULES, settings.guidance_schedule
+        )
         guided = guidance.guide(
             guidance.denoiser(predict, self.config.output),
             cond,
             null_cond,
-            guidance_weight,
-            interval=tuple(settings.guidance_interval) or None,
+            schedule(guidance_weight, self.levels(settings)),
             rescale=settings.rescale,
         )
         threshold = registry.build("threshold", guidance.THRESHOLDS, settings.threshold)
@@ -243,9 +265,7 @@ class Stage:
         shape = (*size, self.config.channels)
         z_1 = process.picture_noise(z_keys, shape)
         sampler = registry.build("sampler", samplers.SAMPLERS, settings.sampler)
-        spacing = registry.build("spacing", samplers.SPACINGS, settings.spacing)
-        levels = spacing(self.schedule, settings.steps)
-        x = samplers.sample(sampler, denoise, z_1, levels, step_keys)
+        x = samplers.sample(sampler, denoise, z_1, self.levels(settings), step_keys)
         return jnp.clip(x, -1.0, 1.0)
 
     @functools.cached_property

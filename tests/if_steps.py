@@ -7,6 +7,7 @@ from jax.experimental import io_callback
 
 from cascade.diffusion import guidance, samplers
 from cascade.diffusion.schedules import SCHEDULES
+from cascade.diffusion.spacings import SPACINGS
 from cascade.registry import build
 
 SHAPE = (2, 6, 6, 3)
@@ -58,7 +59,7 @@ def our_steps(read: dict, learned: bool, sampler, logsnrs, z_1, keys) -> list[np
 def ddpm_steps(read: dict, learned: bool, steps: int) -> list[np.ndarray]:
     """`our_steps` of a scheduler's config that was read."""
     schedule = build("schedule", SCHEDULES, read["schedule"])
-    spacing = build("spacing", samplers.SPACINGS, read["sampling"]["spacing"])
+    spacing = build("spacing", SPACINGS, read["sampling"]["spacing"])
     sampler = build("sampler", samplers.SAMPLERS, read["sampling"]["sampler"])
     return our_steps(read, learned, sampler, spacing(schedule, steps), *start())
 

@@ -103,8 +103,10 @@ def test_any_wrong_type_is_named(path):
         ("--config.text.max_length=7", "config.text.max_length"),
         ("--config.data.source.name=imagenet", "config.data.source: Unknown data source name"),
         ("--config.data.crop=random", "config.data.cache_decoded"),
-        ("--config.stage.sampling.guidance_interval=('a','b')", "guidance_interval is ('a', 'b')"),
-        ("--config.stage.sampling.guidance_interval=(1,1)", "sampling.guidance_interval is (1, 1)"),
+        ("--config.stage.sampling.spacing.name=karas", "sampling.spacing: Unknown spacing name"),
+        ("--config.stage.sampling.searched=('ddim',)", "sampling.searched holds 'ddim'"),
+        ("--config.stage.sampling.searched=(('heum',(0,1)),)", "sampling.searched holds ('heum'"),
+        ("--config.stage.sampling.searched=(('heun',(1,1)),)", "searched for heun has the levels"),
         ("--config.sharding_rules=('kernel',)", "config.sharding_rules holds 'kernel'"),
         ("--config.sharding_rules=((1,('fsdp',)),)", "config.sharding_rules holds (1, "),
         ("--config.sharding_rules=(('(',('fsdp',)),)", "config.sharding_rules holds ('(', "),
@@ -232,3 +234,20 @@ def test_what_was_recomputed_before_policies_is_read_as_one(before, now):
     saved = config.to_json(loaded)
     saved["stage"]["network"]["remat"] = before
     assert config.from_json(saved).stage.network.remat == now
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [((), {"name": "constant"}), ((-1, 2.5), {"name": "interval", "low": -1, "high": 2.5})],
+)
+def test_an_interval_of_guidance_is_read_as_its_schedule(before, now):
+    loaded = config.load("configs/emoji/base64.py:smoke")
+    saved = config.to_json(loaded)
+    sampling = saved["stage"]["sampling"]
+    del sampling["guidance_schedule"], sampling["searched"]
+    sampling["guidance_interval"] = list(before)
+    read = config.from_json(saved)
+    assert read.stage.sampling.guidance_schedule.to_dict() == now
+    config.check(read)
+    loaded.stage.sampling.guidance_schedule = now
+    assert read.to_dict() == loaded.to_dict()

@@ -26,6 +26,9 @@ class Denoised(NamedTuple):
 Denoise = Callable[[Array, Array], Denoised]
 ConditionalDenoise = Callable[[Array, Array, dict], Denoised]
 Threshold = Callable[[Array], Array]
+Weight = float | Array | Callable[[Array], Array]  # a function is of logsnr [B]
+# schedule(guidance_weight, levels) -> Weight; levels are logsnr [N + 1], those of a spacing.
+GuidanceSchedule = Callable[[float | Array, Array], Weight]
 
 
 def denoiser(predict: Callable[[Array, Array, dict], Array], kind: str) -> ConditionalDenoise:
@@ -47,8 +50,7 @@ def guide(
     denoise: ConditionalDenoise,
     cond: dict,
     null_cond: dict,
-    guidance_weight: float | Array,
-    interval: tuple[float, float] | None = None,
+    guidance_weight: Weight,
     rescale: float = 0.0,
 ) -> Denoise:
     """Classifier-free guidance: eps = w eps(cond) + (1 - w) eps(null), with w = guidance_weight.
@@ -59,35 +61,95 @@ def guide(
     Args:
       cond, null_cond: dicts with the same keys and shapes; `null_cond` holds the text encoder's
         null condition or a negative prompt, and the same `lowres` and `aug_logsnr`.
-      guidance_weight: a float, or an array [B] for a weight per picture. The float 1 costs one
-        evaluation; all else costs one evaluation on a doubled batch.
-      interval: (lo, hi) in logsnr: outside it the conditional prediction alone is used
-        (Kynkäänniemi et al. 2024). It changes pictures, not the cost. None is everywhere.
+      guidance_weight: a float, an array [B] for a weight per picture, or a function of logsnr [B]
+        that gives such (see GUIDANCE_SCHEDULES). The float 1 costs one evaluation; all else costs
+        one evaluation on a doubled batch.
       rescale: 0 … 1, how far the guided x's spread over each picture is brought back to that of
         the conditional x (Lin et al. 2023, eq. 15-16).
 
     Raises:
-      UserError: w is not finite, lo >= hi, rescale is outside [0, 1], or the keys differ.
+      UserError: w is not finite, rescale is outside [0, 1], or the keys differ.
     """
-    _check_guidance(cond, null_cond, guidance_weight, interval, rescale)
-    if isinstance(guidance_weight, int | float) and guidance_weight == 1:
+    _check_guidance(cond, null_cond, guidance_weight, rescale)
+    if _is_off(guidance_weight):
         return lambda z_t, logsnr: denoise(z_t, logsnr, cond)
 
     def guided(z_t, logsnr):
         pair = (z_t, logsnr, cond), (z_t, logsnr, null_cond)
         x, fraction = denoise(*jax.tree.map(lambda *two: jnp.concatenate(two), *pair))
         x_cond, x_null = jnp.split(x, 2)
-        weight = jnp.asarray(guidance_weight, x.dtype)
-        if interval is not None:
-            inside = (logsnr > interval[0]) & (logsnr < interval[1])
-            weight = jnp.where(inside, weight, 1.0)
-        weight = along_batch(weight, x_cond)
+        weight = guidance_weight(logsnr) if callable(guidance_weight) else guidance_weight
+        weight = along_batch(jnp.asarray(weight, x.dtype), x_cond)
         x_hat = weight * x_cond + (1.0 - weight) * x_null
         if rescale:
             x_hat = rescale * _with_spread_of(x_cond, x_hat) + (1.0 - rescale) * x_hat
         return Denoised(x_hat, None if fraction is None else jnp.split(fraction, 2)[0])
 
     return guided
+
+
+def constant() -> GuidanceSchedule:
+    """The guidance weight at every level."""
+    return lambda guidance_weight, levels: guidance_weight
+
+
+def interval(*, low: float, high: float) -> GuidanceSchedule:
+    """The guidance weight where low < logsnr < high, and 1 elsewhere (Kynkäänniemi et al. 2024).
+
+    It changes pictures, not the cost.
+
+    Raises:
+      UserError: low isn't below high.
+    """
+    if not low < high:
+        raise UserError(
+            f"The guidance interval is ({low}, {high}); give logsnr limits, lower first."
+        )
+
+    def schedule(guidance_weight, levels):
+        def weight(logsnr):
+            return jnp.where((logsnr > low) & (logsnr < high), guidance_weight, 1.0)
+
+        return guidance_weight if _is_off(guidance_weight) else weight
+
+    return schedule
+
+
+def oscillating(*, steps: int, low: float) -> GuidanceSchedule:
+    """The guidance weight for `steps` steps, then `low`, the weight, `low`, the weight, …
+
+    Imagen Video's (Ho et al. 2022): a high weight's likeness to the prompt without all of its
+    saturation. A level belongs to the step that begins nearest to it, so that a sampler which
+    evaluates between, or at, two of the levels is guided there too. A guidance weight of 1 is no
+    guidance at all.
+
+    Args:
+      steps: how many steps keep the guidance weight before it first becomes `low`.
+      low: the other weight, 1 in the paper.
+
+    Raises:
+      UserError: steps is negative, or low isn't finite.
+    """
+    if steps < 0:
+        raise UserError(f"Oscillating guidance begins after {steps} steps; give 0 or more.")
+    if not math.isfinite(low):
+        raise UserError(f"Oscillating guidance's low weight is {low}; give a finite number.")
+
+    def schedule(guidance_weight, levels):
+        starts = levels[:-1]
+        borders = 0.5 * (starts[:-1] + starts[1:])
+
+        def weight(logsnr):
+            step = jnp.searchsorted(borders.astype(logsnr.dtype), logsnr)
+            is_low = (step >= steps) & ((step - steps) % 2 == 0)
+            return jnp.where(is_low, low, guidance_weight)
+
+        return guidance_weight if _is_off(guidance_weight) else weight
+
+    return schedule
+
+
+GUIDANCE_SCHEDULES = {"constant": constant, "interval": interval, "oscillating": oscillating}
 
 
 def thresholded(denoise: Denoise, threshold: Threshold) -> Denoise:
@@ -146,6 +208,11 @@ def dynamic_threshold(*, percentile: float, cap: float) -> Threshold:
 THRESHOLDS = {"none": no_threshold, "static": static_threshold, "dynamic": dynamic_threshold}
 
 
+def _is_off(guidance_weight: Weight) -> bool:
+    """Whether it is the number 1, known before anything is traced."""
+    return isinstance(guidance_weight, int | float) and guidance_weight == 1
+
+
 def _with_spread_of(reference: Array, x: Array) -> Array:
     axes = tuple(range(1, x.ndim))
     wanted, spread = (jnp.std(each, axes, keepdims=True) for each in (reference, x))
@@ -153,13 +220,9 @@ def _with_spread_of(reference: Array, x: Array) -> Array:
     return x * jnp.where(spread > 0, wanted / jnp.where(spread > 0, spread, 1.0), 1.0)
 
 
-def _check_guidance(cond, null_cond, guidance_weight, interval, rescale):
+def _check_guidance(cond, null_cond, guidance_weight, rescale):
     if isinstance(guidance_weight, int | float) and not math.isfinite(guidance_weight):
         raise UserError(f"The guidance weight is {guidance_weight}; give a finite number.")
-    if interval is not None and not interval[0] < interval[1]:
-        raise UserError(
-            f"The guidance interval is {tuple(interval)}; give logsnr limits, lower first."
-        )
     if not 0 <= rescale <= 1:
         raise UserError(f"The guidance rescale is {rescale}; give a number from 0 to 1.")
     if cond.keys() != null_cond.keys():

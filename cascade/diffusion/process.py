@@ -44,6 +44,19 @@ def diffuse(x: Array, eps: Array, logsnr: Array) -> Array:
     return alpha * x + sigma * eps
 
 
+def diffuse_further(z_s: Array, eps: Array, logsnr_s: Array, logsnr_t: Array) -> Array:
+    """With eps ~ N(0, 1) a draw of q(z_t|z_s), from z_s to more noise:
+
+        z_t = (alpha_t / alpha_s) z_s + sigma_t sqrt(1 - SNR_t / SNR_s) eps
+
+    (Kingma et al. 2021, appendix A.1). z_s itself where t = s.
+    """
+    logsnr_s, logsnr_t = along_batch(logsnr_s, z_s), along_batch(logsnr_t, z_s)
+    _, sigma_t = alpha_sigma(logsnr_t)
+    keep = jnp.exp(0.5 * (jax.nn.log_sigmoid(logsnr_t) - jax.nn.log_sigmoid(logsnr_s)))
+    return keep * z_s + sigma_t * jnp.sqrt(-jnp.expm1(logsnr_t - logsnr_s)) * eps
+
+
 def picture_noise(keys: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     """Unit noise [B, *shape] from typed keys [B]: each picture's depends on its own key alone.
 

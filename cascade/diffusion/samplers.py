@@ -1,10 +1,10 @@
 """Samplers: from noise to a picture, one `lax.scan` for any number of steps.
 
 A sampler is a pair of pure functions with an explicit carry. To add one, write a factory that
-returns a `Sampler` and name it in SAMPLERS. A spacing says which noise levels it visits.
+returns a `Sampler` and name it in SAMPLERS. `cascade.diffusion.spacings` says which noise levels
+it visits, docs/samplers.md which sampler is for what.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,20 +13,36 @@ import jax.numpy as jnp
 from jax import Array
 
 from cascade.diffusion.guidance import Denoise
-from cascade.diffusion.process import diffuse, picture_noise, posterior, predictions
-from cascade.diffusion.schedules import Schedule, alpha_sigma
+from cascade.diffusion.process import (
+    along_batch,
+    diffuse,
+    diffuse_further,
+    picture_noise,
+    posterior,
+    predictions,
+)
+from cascade.diffusion.schedules import alpha_sigma
 from cascade.errors import UserError
 
-# spacing(schedule, steps) -> logsnr [steps + 1], increasing: the levels that `sample` visits.
-Spacing = Callable[[Schedule, int], Array]
+
+class Levels(NamedTuple):
+    """Where a step is, scalars in logsnr, t <= s <= r.
+
+    t, s: it goes from z_t to z_s.
+    r: where the step after it goes; s itself where there is none.
+    """
+
+    t: Array
+    s: Array
+    r: Array
 
 
 class Sampler(NamedTuple):
     """One way to go from z_t to z_s.
 
     init: `init(z_1) -> carry`, whatever the steps hand on to one another.
-    step: `step(denoise, z_t, carry, logsnr_t, logsnr_s, keys) -> (z_s, carry)`, with scalar
-      logsnr and `keys` [B], one random key per picture.
+    step: `step(denoise, z_t, carry, levels, keys) -> (z_s, carry)`, with `Levels` and `keys` [B],
+      one random key per picture.
     """
 
     init: Callable[[Array], Any]
@@ -36,9 +52,9 @@ class Sampler(NamedTuple):
 def ddim() -> Sampler:
     """z_s = alpha_s x_hat + sigma_s eps_hat: deterministic, first order (Song et al. 2021)."""
 
-    def step(denoise, z_t, carry, logsnr_t, logsnr_s, keys):
-        x_hat = _denoise(denoise, z_t, logsnr_t).x
-        return _ddim_step(z_t, x_hat, logsnr_t, logsnr_s), carry
+    def step(denoise, z_t, carry, levels, keys):
+        x_hat = _denoise(denoise, z_t, levels.t).x
+        return ddim_step(z_t, x_hat, levels.t, levels.s), carry
 
     return Sampler(_nothing, step)
 
@@ -56,11 +72,10 @@ def ancestral(*, gamma: float = 0.3) -> Sampler:
     if not 0 <= gamma <= 1:
         raise UserError(f"The ancestral sampler's gamma is {gamma}; give a number from 0 to 1.")
 
-    def step(denoise, z_t, carry, logsnr_t, logsnr_s, keys):
-        x_hat, fraction = _denoise(denoise, z_t, logsnr_t)
+    def step(denoise, z_t, carry, levels, keys):
+        x_hat, fraction = _denoise(denoise, z_t, levels.t)
         fraction = gamma if fraction is None else fraction
-        mean, logvar = posterior(z_t, x_hat, logsnr_t, logsnr_s, fraction)
-        return mean + jnp.exp(0.5 * logvar) * picture_noise(keys, z_t.shape[1:], z_t.dtype), carry
+        return _posterior_draw(keys, z_t, x_hat, levels, fraction), carry
 
     return Sampler(_nothing, step)
 
@@ -76,15 +91,15 @@ def heun() -> Sampler:
     -20, where the trapezium rule fails; the angle is tame at both ends.
     """
 
-    def step(denoise, z_t, carry, logsnr_t, logsnr_s, keys):
+    def step(denoise, z_t, carry, levels, keys):
         def slope(z, logsnr):
             return predictions(_denoise(denoise, z, logsnr).x, z, logsnr, "x").v
 
-        alpha_t, sigma_t = alpha_sigma(logsnr_t)
-        alpha_s, sigma_s = alpha_sigma(logsnr_s)
+        alpha_t, sigma_t = alpha_sigma(levels.t)
+        alpha_s, sigma_s = alpha_sigma(levels.s)
         sine, cosine = sigma_t * alpha_s - alpha_t * sigma_s, alpha_t * alpha_s + sigma_t * sigma_s
-        v_t = slope(z_t, logsnr_t)
-        v_s = slope(cosine * z_t - sine * v_t, logsnr_s)
+        v_t = slope(z_t, levels.t)
+        v_s = slope(cosine * z_t - sine * v_t, levels.s)
         return z_t - sine / (1.0 + cosine) * (v_t + v_s), carry
 
     return Sampler(_nothing, step)
@@ -101,72 +116,110 @@ def dpmpp_2m() -> Sampler:
     takes x_hat as it is; to extrapolate over so long an h would be worse than DDIM.
     """
 
-    def init(z_1):
-        return jnp.zeros_like(z_1), jnp.asarray(-jnp.inf, z_1.dtype)
+    def step(denoise, z_t, carry, levels, keys):
+        ahead, carry = _extrapolated(denoise, z_t, carry, levels)
+        return ddim_step(z_t, ahead, levels.t, levels.s), carry
 
-    def step(denoise, z_t, carry, logsnr_t, logsnr_s, keys):
-        x_last, logsnr_last = carry
-        x_hat = _denoise(denoise, z_t, logsnr_t).x
-        stride = 0.5 * (logsnr_s - logsnr_t) / (logsnr_t - logsnr_last)
-        ahead = x_hat + stride * (x_hat - x_last)
-        return _ddim_step(z_t, ahead, logsnr_t, logsnr_s), (x_hat, logsnr_t)
-
-    return Sampler(init, step)
+    return Sampler(_no_last, step)
 
 
-SAMPLERS = {"ddim": ddim, "ancestral": ancestral, "heun": heun, "dpmpp_2m": dpmpp_2m}
+def dpmpp_2m_sde() -> Sampler:
+    """SDE-DPM-Solver++(2M): `dpmpp_2m`'s x_hat in a step that is random (Lu et al. 2022, §5).
 
+        z_s ~ q(z_s|z_t, x_hat + (h / 2 h_last) (x_hat - x_last)),
 
-def uniform() -> Spacing:
-    """Times spaced evenly from 1 down to 0."""
-
-    def spacing(schedule, steps):
-        _check_steps(steps)
-        return schedule(jnp.linspace(1.0, 0.0, steps + 1))
-
-    return spacing
-
-
-def leading(*, train_steps: int) -> Spacing:
-    """Timesteps 0, k, 2k, … of a discrete schedule, with k = train_steps // steps.
-
-    This and the next two are the rules of Lin et al. 2023, table 2. Of a model trained on
-    `train_steps` discrete times, timestep i is time (i + 1) / train_steps.
+    with the exact posterior, so that with x_hat as it is it would be `ancestral` with gamma 0. Of
+    Gaussian data both have the exact mean; this one's variance is second order, the other's first.
     """
 
-    return _discrete_spacing(train_steps, lambda steps, i: i * (train_steps // steps))
+    def step(denoise, z_t, carry, levels, keys):
+        ahead, carry = _extrapolated(denoise, z_t, carry, levels)
+        return _posterior_draw(keys, z_t, ahead, levels, 0.0), carry
+
+    return Sampler(_no_last, step)
 
 
-def linspace(*, train_steps: int) -> Spacing:
-    """Timesteps from 0 to the last, spaced evenly and rounded. See `leading`."""
+def addim(*, eta: float = 0.1, variance: float = 0.5) -> Sampler:
+    """aDDIM: DDIM with the norm that its noise should have had (Heek et al. 2024, algorithm 3).
 
-    def timestep(steps, i):
-        return round(i * ((train_steps - 1) / max(steps - 1, 1)))
+        z_s = alpha_s x_hat + sqrt(sigma_s² + w² x_var / mean(eps_hat²)) eps_hat,
+        w = alpha_s - alpha_t sigma_s / sigma_t,
+        x_var = eta · variance sigma_t² / (alpha_t² variance + sigma_t²)
 
-    return _discrete_spacing(train_steps, timestep)
+    DDIM steps by the mean of x given z_t, and so z_s lacks w² Var[x|z_t] a value in its square;
+    where x_hat and eps_hat are orthogonal, the longer eps_hat makes up for it exactly. As s → t
+    the correction goes as the step's square, and DDIM is left. The paper's 0.1 / (2 + SNR) is
+    eta 0.1 of what data of variance 0.5 a value leave open; it takes the mean over a picture.
+
+    Args:
+      eta: 0 … 1, the part of that variance which is put back; 0 is DDIM.
+      variance: of a picture's values, above 0.
+
+    Raises:
+      UserError: eta is outside [0, 1], or variance isn't positive and finite.
+    """
+    if not 0 <= eta <= 1:
+        raise UserError(f"The aDDIM sampler's eta is {eta}; give a number from 0 to 1.")
+    if not 0 < variance < float("inf"):
+        raise UserError(f"The aDDIM sampler's variance is {variance}; give a positive number.")
+
+    def step(denoise, z_t, carry, levels, keys):
+        x_hat = _denoise(denoise, z_t, levels.t).x
+        alpha_t, sigma_t = alpha_sigma(levels.t)
+        unknown = variance * sigma_t**2 / (variance * alpha_t**2 + sigma_t**2)
+        return addim_step(z_t, x_hat, levels.t, levels.s, eta * unknown), carry
+
+    return Sampler(_nothing, step)
 
 
-def trailing(*, train_steps: int) -> Spacing:
-    """Timesteps from the last down, train_steps / steps apart and rounded. See `leading`."""
+def stochastic() -> Sampler:
+    """A DDIM step of double length, then noised back one (Meng et al. 2022, §3.4).
 
-    def timestep(steps, i):
-        return round(train_steps - (steps - 1 - i) * (train_steps / steps)) - 1
+        z_r = alpha_r x_hat + sigma_r eps_hat,   z_s ~ q(z_s|z_r),
 
-    return _discrete_spacing(train_steps, timestep)
+    where r is the level after s. For students of guided distillation, which know few levels. It
+    is first order in the mean and the variance; without a level after s it is DDIM.
+    """
+
+    def step(denoise, z_t, carry, levels, keys):
+        x_hat = _denoise(denoise, z_t, levels.t).x
+        z_r = ddim_step(z_t, x_hat, levels.t, levels.r)
+        noise = picture_noise(keys, z_t.shape[1:], z_t.dtype)
+        return diffuse_further(z_r, noise, levels.r, levels.s), carry
+
+    return Sampler(_nothing, step)
 
 
-SPACINGS = {"uniform": uniform, "leading": leading, "linspace": linspace, "trailing": trailing}
+SAMPLERS = {
+    "ddim": ddim,
+    "ancestral": ancestral,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "addim": addim,
+    "stochastic": stochastic,
+}
+# What draws by chance: from the same noise z_1 it doesn't come to the same picture.
+RANDOM_SAMPLERS = ("ancestral", "dpmpp_2m_sde", "stochastic")
 
 
-def _discrete_spacing(train_steps: int, timestep: Callable[[int, int], int]) -> Spacing:
-    """logsnr at `timestep(steps, i)`, i from steps - 1 down to 0, and at time 0 after them."""
+def ddim_step(z_t: Array, x_hat: Array, logsnr_t: Array, logsnr_s: Array) -> Array:
+    """alpha_s x_hat + sigma_s eps_hat, with eps_hat = (z_t - alpha_t x_hat) / sigma_t."""
+    return diffuse(x_hat, predictions(x_hat, z_t, logsnr_t, "x").eps, logsnr_s)
 
-    def spacing(schedule, steps):
-        _check_steps(steps, train_steps)
-        times = [(timestep(steps, i) + 1) / train_steps for i in reversed(range(steps))]
-        return schedule(jnp.array([*times, 0.0], jnp.float32))
 
-    return spacing
+def addim_step(
+    z_t: Array, x_hat: Array, logsnr_t: Array, logsnr_s: Array, x_var: Array | float
+) -> Array:
+    """DDIM's step with eps_hat lengthened, see `addim`; x_var is scalar or [B]."""
+    logsnr_t, logsnr_s = along_batch(logsnr_t, z_t), along_batch(logsnr_s, z_t)
+    alpha_s, sigma_s = alpha_sigma(logsnr_s)
+    eps = predictions(x_hat, z_t, logsnr_t, "x").eps
+    square = jnp.mean(jnp.square(eps), axis=tuple(range(1, eps.ndim)), keepdims=True)
+    # w by expm1: its two terms are all but equal for a short step.
+    lacking = jnp.square(alpha_s * jnp.expm1(0.5 * (logsnr_t - logsnr_s)))
+    lacking *= along_batch(x_var, z_t) / jnp.where(square > 0, square, 1.0)  # no eps, no longer one
+    return alpha_s * x_hat + jnp.sqrt(jnp.square(sigma_s) + lacking) * eps
 
 
 def integrate(sampler: Sampler, denoise: Denoise, z: Array, logsnrs: Array, keys: Array) -> Array:
@@ -177,17 +230,7 @@ def integrate(sampler: Sampler, denoise: Denoise, z: Array, logsnrs: Array, keys
       logsnrs: [N + 1], increasing: N steps.
       keys: [B] typed random keys, one per picture; step i uses fold_in(key, i).
     """
-    logsnrs = logsnrs.astype(z.dtype)
-
-    def body(state, inputs):
-        z_t, carry = state
-        index, logsnr_t, logsnr_s = inputs
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-        return sampler.step(denoise, z_t, carry, logsnr_t, logsnr_s, step_keys), None
-
-    levels = (jnp.arange(len(logsnrs) - 1), logsnrs[:-1], logsnrs[1:])
-    (z_s, _), _ = jax.lax.scan(body, (z, sampler.init(z)), levels)
-    return z_s
+    return _scan(sampler, denoise, z, jnp.concatenate([logsnrs, logsnrs[-1:]]), keys)
 
 
 def sample(sampler: Sampler, denoise: Denoise, z_1: Array, logsnrs: Array, keys: Array) -> Array:
@@ -199,23 +242,48 @@ def sample(sampler: Sampler, denoise: Denoise, z_1: Array, logsnrs: Array, keys:
         never evaluated: from logsnrs[N - 1] the picture is x_hat.
       keys: [B] typed random keys, one per picture.
     """
-    z_t = integrate(sampler, denoise, z_1, logsnrs[:-1], keys)
+    z_t = _scan(sampler, denoise, z_1, logsnrs, keys)
     return _denoise(denoise, z_t, logsnrs[-2]).x
 
 
-def _check_steps(steps: int, most: float = math.inf):
-    """Raises a UserError unless `steps` is from 1 to `most`."""
-    if not 1 <= steps <= most:
-        limits = "1 or more" if most == math.inf else f"1 to {most}, a schedule's timesteps"
-        raise UserError(f"Sampling was asked to take {steps} steps; give {limits}.")
+def _scan(sampler, denoise, z, logsnrs, keys):
+    """z at logsnrs[-2], from z at logsnrs[0]; the last level is only looked ahead to."""
+    logsnrs = logsnrs.astype(z.dtype)
+
+    def body(state, inputs):
+        index, levels = inputs
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+        z_s, carry = sampler.step(denoise, *state, levels, step_keys)
+        return (z_s, carry), None
+
+    levels = Levels(logsnrs[:-2], logsnrs[1:-1], logsnrs[2:])
+    steps = (jnp.arange(len(logsnrs) - 2), levels)
+    (z_s, _), _ = jax.lax.scan(body, (z, sampler.init(z)), steps)
+    return z_s
 
 
 def _denoise(denoise, z, logsnr):
     return denoise(z, jnp.full(z.shape[:1], logsnr, z.dtype))
 
 
-def _ddim_step(z_t, x_hat, logsnr_t, logsnr_s):
-    return diffuse(x_hat, predictions(x_hat, z_t, logsnr_t, "x").eps, logsnr_s)
+def _posterior_draw(keys, z_t, x_hat, levels, fraction):
+    """z_s ~ q(z_s|z_t, x_hat), its variance as `posterior` has it."""
+    mean, logvar = posterior(z_t, x_hat, levels.t, levels.s, fraction)
+    return mean + jnp.exp(0.5 * logvar) * picture_noise(keys, z_t.shape[1:], z_t.dtype)
+
+
+def _no_last(z_1):
+    """The carry of `_extrapolated` before the first step."""
+    return jnp.zeros_like(z_1), jnp.asarray(-jnp.inf, z_1.dtype)
+
+
+def _extrapolated(denoise, z_t, carry, levels):
+    """x_hat continued to the middle of the step ahead by the line through the last one."""
+    x_last, logsnr_last = carry
+    x_hat = _denoise(denoise, z_t, levels.t).x
+    gap = levels.t - logsnr_last  # 0 where a dtype can't tell the levels apart: no line then
+    stride = jnp.where(gap > 0, 0.5 * (levels.s - levels.t) / jnp.where(gap > 0, gap, 1.0), 0.0)
+    return x_hat + stride * (x_hat - x_last), (x_hat, levels.t)
 
 
 def _nothing(z_1):

@@ -166,7 +166,8 @@ def stage_section(
             "sampling": {
                 **drawn["sampling"],
                 **(LATER_DRAWING if later else BASE_DRAWING),
-                "guidance_interval": (),
+                "guidance_schedule": {"name": "constant"},
+                "searched": (),
                 "rescale": 0.0,
                 "aug_level": (NOISE_LEVEL + 1) / if_scheduler.TIMESTEPS if later else 0.0,
                 "tile": 0,

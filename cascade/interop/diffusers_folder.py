@@ -42,6 +42,7 @@ UNWRITTEN = {
     "weighting",
     "text_drop",
     "sampling.steps",
+    "sampling.searched",
     "sampling.guidance",
     "sampling.aug_level",
     "network.attention_implementation",

@@ -69,7 +69,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "spacing": {"name": "uniform"},
             "steps": 50,
             "guidance": 3.0,
-            "guidance_interval": (),  # (low, high) in logsnr; () is everywhere
+            "guidance_schedule": {"name": "constant"},
+            "searched": (),  # (sampler, levels) pairs, as `cascade tune-steps` finds them
             "rescale": 0.0,
             # Dynamic thresholding divides by what it clips at, which greys these white grounds.
             "threshold": {"name": "static"},

@@ -85,7 +85,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "spacing": {"name": "uniform"},
             "steps": 256,
             "guidance": 1.35,
-            "guidance_interval": (),  # (low, high) in logsnr; () is everywhere
+            "guidance_schedule": {"name": "constant"},
+            "searched": (),  # (sampler, levels) pairs, as `cascade tune-steps` finds them
             "rescale": 0.0,
             "threshold": {
                 "name": "dynamic",

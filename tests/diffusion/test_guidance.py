@@ -38,7 +38,7 @@ def run(weight, null=NULL, network=None, logsnr=LOGSNR, **keywords):
 @pytest.mark.parametrize("weight", [1.0, 1])
 def test_weight_one_is_no_guidance_and_one_evaluation(weight):
     network = Network()
-    guided = run(weight, network=network, rescale=0.7, interval=(-1.0, 1.0))
+    guided = run(weight, network=network, rescale=0.7)
     assert network.batches == [BATCH]
     np.testing.assert_array_equal(guided.x, Network()(Z_T, LOGSNR, COND).x)
 
@@ -98,10 +98,66 @@ def test_a_negative_prompt_is_led_away_from():
 @pytest.mark.parametrize("weight", [4.0, jnp.full(BATCH, 4.0)])
 def test_outside_the_interval_only_the_condition_counts(weight):
     plain, everywhere = run(jnp.array(1.0)).x, run(weight).x
-    inside = jax.jit(lambda z: run(weight, interval=(-2.0, 2.0), logsnr=z).x)(LOGSNR)
+    scheduled = guidance.interval(low=-2.0, high=2.0)(weight, None)
+    inside = jax.jit(lambda z: run(scheduled, logsnr=z).x)(LOGSNR)
     np.testing.assert_allclose(inside[jnp.array([0, 3])], plain[jnp.array([0, 3])], rtol=1e-6)
     np.testing.assert_allclose(inside[1:3], everywhere[1:3], rtol=1e-5, atol=1e-6)
     assert np.abs(everywhere - plain).max() > 0.1
+
+
+LEVELS = jnp.array([-8.0, -3.0, -1.0, 0.5, 1.0, 4.0, 8.0, 20.0])  # seven steps
+
+
+@pytest.mark.parametrize("weight", [5.0, jnp.array(5.0), jnp.full(7, 5.0)])
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(0, "lhlhlhl"), (1, "hlhlhlh"), (3, "hhhlhlh"), (7, "hhhhhhh"), (99, "hhhhhhh")],
+)
+def test_oscillating_guidance_alternates_after_its_first_steps(weight, steps, expected):
+    oscillating = guidance.oscillating(steps=steps, low=1.5)
+    weights = jax.jit(lambda at: oscillating(weight, LEVELS)(at))(LEVELS[:-1])
+    assert "".join("h" if w == 5.0 else "l" if w == 1.5 else "?" for w in weights) == expected
+
+
+def test_a_level_that_a_dtype_rounds_still_belongs_to_its_step():
+    levels = jnp.linspace(-20.0, 20.0, 33)
+    at = guidance.oscillating(steps=4, low=1.0)(3.0, levels)
+    np.testing.assert_array_equal(at(levels[:-1].astype(jnp.bfloat16)), at(levels[:-1]))
+
+
+def test_oscillating_guidance_is_one_weight_a_level_of_the_guided_picture():
+    at = guidance.oscillating(steps=1, low=-0.5)(4.0, jnp.array([-8.0, -1.0, 1.0, 8.0, 20.0]))
+    by_hand = run(jnp.array([4.0, -0.5, 4.0, -0.5])).x
+    np.testing.assert_array_equal(run(at).x, by_hand)
+
+
+@pytest.mark.parametrize("weight", [1.0, 1])
+def test_a_schedule_of_weight_one_is_no_guidance(weight):
+    for name, keywords in {
+        "constant": {},
+        "interval": {"low": -1.0, "high": 1.0},
+        "oscillating": {"steps": 2, "low": 0.5},
+    }.items():
+        schedule = registry.build(
+            "guidance schedule", guidance.GUIDANCE_SCHEDULES, {"name": name, **keywords}
+        )
+        network = Network()
+        run(schedule(weight, LEVELS), network=network)
+        assert network.batches == [BATCH]
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "said"),
+    [
+        ("interval", {"low": 3.0, "high": -3.0}, "lower first"),
+        ("interval", {"low": float("nan"), "high": 1.0}, "lower first"),
+        ("oscillating", {"steps": -1, "low": 1.0}, "0 or more"),
+        ("oscillating", {"steps": 2, "low": float("inf")}, "finite"),
+    ],
+)
+def test_impossible_guidance_schedules_are_refused(name, keywords, said):
+    with pytest.raises(UserError, match=said):
+        guidance.GUIDANCE_SCHEDULES[name](**keywords)
 
 
 def test_rescale_brings_back_the_spread_of_each_picture():
@@ -147,7 +203,6 @@ def test_a_network_of_any_output_becomes_the_same_denoiser(kind):
     [
         (float("nan"), {}),
         (float("inf"), {}),
-        (2.0, {"interval": (3.0, -3.0)}),
         (2.0, {"rescale": 1.5}),
         (2.0, {"rescale": float("nan")}),
         (2.0, {"null": {"text_emb": NULL["text_emb"]}}),

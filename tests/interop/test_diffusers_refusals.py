@@ -36,7 +36,10 @@ FOLDER = Path(__file__).parents[1] / "golden" / "if"
         ({"sampling.sampler": {"name": "ddim"}}, "sampling.sampler.name = 'ddim'"),
         ({"sampling.spacing": {"name": "uniform"}}, "sampling.spacing"),
         ({"sampling.rescale": 0.5}, "sampling.rescale = 0.5"),
-        ({"sampling.guidance_interval": (-1.0, 1.0)}, "sampling.guidance_interval"),
+        (
+            {"sampling.guidance_schedule": {"name": "interval", "low": -1.0, "high": 1.0}},
+            "sampling.guidance_schedule",
+        ),
         ({"learned_variance": False}, "learned_variance = False"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

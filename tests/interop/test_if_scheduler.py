@@ -11,6 +11,7 @@ from if_torch import diffusers, their_steps, torch
 
 from cascade.diffusion import samplers
 from cascade.diffusion.schedules import SCHEDULES, timestep_logsnrs
+from cascade.diffusion.spacings import SPACINGS
 from cascade.interop import if_scheduler
 from cascade.registry import build
 
@@ -83,7 +84,7 @@ def test_spacings_visit_the_same_timesteps(spacing, steps):
     scheduler.set_timesteps(steps)
     read = sections(scheduler, False)
     schedule = build("schedule", SCHEDULES, read["schedule"])
-    ours = build("spacing", samplers.SPACINGS, read["sampling"]["spacing"])(schedule, steps)
+    ours = build("spacing", SPACINGS, read["sampling"]["spacing"])(schedule, steps)
     np.testing.assert_allclose(ours[:-1], levels(scheduler)[:-1], rtol=1e-6)
 
 
