@@ -14,6 +14,8 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from cascade.errors import UserError
+from cascade.parallel.layout import Layout
+from cascade.parallel.mesh import batch_shares
 
 # Our parameter's path → the published tensor's name, {} the layer's number.
 PUBLISHED = {
@@ -54,6 +56,9 @@ class T5(nn.Module):
     Attributes:
       dtype: of matrices, and of what they multiply. The sum h, norms and softmax are float32.
       unroll: no loop over layers: larger to compile, but a CPU multiplies faster outside of loops.
+      layout: how activations and weights lie on a mesh of devices; None leaves it to XLA, as do
+        fewer tokens than `width` (weights then have more to send than activations) and a batch
+        that the mesh doesn't divide.
     """
 
     vocab_size: int
@@ -67,6 +72,7 @@ class T5(nn.Module):
     norm_eps: float
     dtype: jnp.dtype
     unroll: bool
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -79,9 +85,14 @@ class T5(nn.Module):
         Returns:
           [B, L, width] float32. Padding has states too: those of its ids attending to the tokens.
         """
+        layout = self.layout
+        if layout is not None and (
+            ids.size < self.width or ids.shape[0] % batch_shares(layout.mesh)
+        ):
+            layout = None
         with jax.default_matmul_precision("float32"):
             embedding = _matrix(self, "embedding", (self.vocab_size, self.width), 1.0)
-            h = embedding[ids].astype(jnp.float32)
+            h = _by_picture(layout, embedding[ids]).astype(jnp.float32)
             table = self.param(
                 "relative_bias",
                 nn.initializers.normal(self.width**-0.5),
@@ -99,18 +110,25 @@ class T5(nn.Module):
                 unroll=self.layers if self.unroll else 1,
             )
             sizes = (self.heads, self.head_width, self.mlp_width, self.norm_eps, self.dtype)
-            h, _ = layers(*sizes, name="layers")(h, bias, mask)
+            h, _ = layers(*sizes, layout, self.layers, name="layers")(h, bias, mask)
             return _rms(self, "norm_out", h, self.norm_eps)
 
 
 class Layer(nn.Module):
-    """Self-attention and a gated MLP, each added to what it read; equations in `T5`."""
+    """Self-attention and a gated MLP, each added to what it read; equations in `T5`.
+
+    Attributes:
+      layout: as `T5`'s.
+      stacked: of how many layers it is one.
+    """
 
     heads: int
     head_width: int
     mlp_width: int
     norm_eps: float
     dtype: jnp.dtype
+    layout: Layout | None
+    stacked: int
 
     @nn.compact
     def __call__(self, h: jax.Array, bias: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
@@ -121,6 +139,9 @@ class Layer(nn.Module):
         def times(n, name, features, std):
             """[B, L, in] → [B, L, features] in float32, by a matrix [features, in]."""
             matrix = _matrix(self, name, (features, n.shape[-1]), std)
+            if self.layout is not None:
+                whole = self.layout.gathered({name: matrix}, "layers", self.dtype, self.stacked)
+                matrix = whole[name]
             n = n.astype(self.dtype)
             return jnp.einsum("bli,oi->blo", n, matrix, preferred_element_type=jnp.float32)
 
@@ -134,11 +155,17 @@ class Layer(nn.Module):
             q, k, v, bias, mask[:, None, None, :], scale=1.0, implementation="xla"
         )
         h = h + times(a.reshape(*h.shape[:2], inner), "out", width, inner**-0.5)
+        h = _by_picture(self.layout, h)
 
         n = _rms(self, "norm_mlp", h, self.norm_eps)
         gate = nn.gelu(times(n, "gate", self.mlp_width, width**-0.5), approximate=True)
         m = gate * times(n, "up", self.mlp_width, width**-0.5)
-        return h + times(m, "down", width, self.mlp_width**-0.5), None
+        h = h + times(m, "down", width, self.mlp_width**-0.5)
+        return _by_picture(self.layout, h), None
+
+
+def _by_picture(layout: Layout | None, h: jax.Array) -> jax.Array:
+    return h if layout is None else layout.by_picture(h)
 
 
 def _matrix(module: nn.Module, name: str, shape: tuple[int, int], std: float) -> jax.Array:

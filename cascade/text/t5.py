@@ -18,7 +18,8 @@ from cascade.errors import UserError
 from cascade.interop.folders import inside, open_weights, read_json
 from cascade.interop.hub import resolve
 from cascade.interop.t5 import T5Tensors, read_params, write_t5
-from cascade.networks.t5 import from_published, published
+from cascade.networks.t5 import RULES, from_published, published
+from cascade.parallel.layout import Layout
 from cascade.parallel.mesh import make_mesh
 from cascade.shards import DTYPES
 from cascade.text.interface import TextEncoder, Tokens, checked_text
@@ -149,7 +150,8 @@ class T5Encoder(TextEncoder):
 
     @cached_property
     def _apply(self):
-        t5 = self._t5.clone(unroll=self._placed.devices.flat[0].platform == "cpu")
+        unroll = self._placed.devices.flat[0].platform == "cpu"
+        t5 = self._t5.clone(unroll=unroll, layout=Layout.of(self._placed, RULES))
 
         def apply(params, ids, mask):
             states = t5.apply({"params": params}, ids, mask)

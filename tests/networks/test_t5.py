@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from tiny_t5 import DESCRIPTION, as_params, module, random_tensors, random_tokens, relative_error
 
 from cascade.errors import UserError
 from cascade.interop.t5 import abstract_params
 from cascade.networks.t5 import RULES, distance_buckets, from_published, published
-from cascade.parallel.mesh import make_mesh, split_rows
+from cascade.parallel import hlo, rules
+from cascade.parallel.collectives import collectives
+from cascade.parallel.layout import Layout
+from cascade.parallel.mesh import AXES, batch_sharding, make_mesh, split_rows
 from cascade.parallel.rules import shardings
 from cascade.shards import named
 
@@ -165,19 +169,78 @@ def test_bfloat16_is_for_matrices_alone():
 # -------------------------------------------------------------------------------- on a mesh
 
 
-@pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2), (1, 1, 8), (1, 8, 1), (8, 1, 1)])
-def test_sharded_equals_unsharded(sizes):
-    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    t5 = module(d_model=32, d_ff=64, num_heads=8, **SMALL)
+def mesh_of(*sizes):
+    return make_mesh(**dict(zip(AXES, sizes, strict=True)))
+
+
+@pytest.fixture
+def everything_is_large(monkeypatch):
+    monkeypatch.setattr(rules, "SMALLEST_SHARDED", 1)
+
+
+MESHES = [(1, 4, 2), (2, 2, 2), (1, 1, 8), (1, 8, 1), (8, 1, 1)]
+OVER_MESHES = {"d_model": 32, "d_ff": 64, "num_heads": 8}
+
+
+@pytest.mark.parametrize(("sizes", "told"), [*((m, True) for m in MESHES), ((1, 4, 2), False)])
+def test_sharded_equals_unsharded(sizes, told, everything_is_large):
+    mesh = mesh_of(*sizes)
+    t5 = module(**OVER_MESHES, **SMALL)
     params = as_params(t5, random_tensors(t5))
     ids, mask = random_tokens(0, 8, 12, 0.7, 50)
     laid = jax.device_put(params, shardings(params, mesh, RULES))
-    sharded = run(t5, laid, split_rows(ids, mesh), split_rows(mask, mesh))
+    split = t5.clone(layout=Layout.of(mesh, RULES) if told else None)
+    sharded = run(split, laid, split_rows(ids, mesh), split_rows(mask, mesh))
     assert relative_error(sharded, run(t5, params, ids, mask)) < 2e-6
 
 
+def sent(sizes, rows: int, length: int) -> tuple[dict[str, int], jax.sharding.PartitionSpec]:
+    """What a laid-out encoder's program sends, collective -> calls, and how its states lie."""
+    mesh = mesh_of(*sizes)
+    t5 = module(unroll=False, **OVER_MESHES, **SMALL).clone(layout=Layout.of(mesh, RULES))
+
+    def placed(tree, places):
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            tree,
+            places,
+        )
+
+    abstract = abstract_params(t5)
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
+    mask = jax.ShapeDtypeStruct((rows, length), bool, sharding=batch_sharding(mesh))
+    arguments = placed(abstract, shardings(abstract, mesh, RULES)), ids, mask
+    apply = jax.jit(lambda params, ids, mask: t5.apply({"params": params}, ids, mask))
+    compiled = apply.lower(*arguments).compile()
+    traffic = collectives(hlo.parse(compiled.as_text()), mesh.size)
+    return {kind: each.calls for kind, each in traffic.items()}, compiled.output_shardings.spec
+
+
+def test_what_a_layer_sends_is_its_weights_and_two_sums(everything_is_large):
+    """Heads and the MLP's width are summed over `tensor`, nothing is over `fsdp`."""
+    layers, matrices = DESCRIPTION["num_layers"], 7
+    calls, spec = sent((1, 4, 2), 8, 12)
+    assert calls["all-reduce"] == 2 * layers and spec == P("fsdp")
+    calls, spec = sent((1, 8, 1), 8, 12)
+    assert "all-reduce" not in calls and "reduce-scatter" not in calls and spec == P("fsdp")
+    assert matrices * layers <= calls["all-gather"] <= matrices * layers + 1  # the ids
+    calls, spec = sent((1, 1, 8), 8, 12)
+    assert calls["all-reduce"] == 2 * layers and calls["all-gather"] == 1  # the embedding's width
+
+
+def test_few_tokens_leave_the_weights_where_they_are(everything_is_large):
+    for rows, length in ((8, 1), (12, 8)):  # fewer tokens than the width, rows that don't divide
+        mesh = mesh_of(1, 8, 1)
+        t5 = module(**OVER_MESHES, **SMALL).clone(layout=Layout.of(mesh, RULES))
+        params = as_params(t5, random_tensors(t5))
+        laid = jax.device_put(params, shardings(params, mesh, RULES))
+        ids, mask = random_tokens(0, rows, length, 1.0, 50)
+        plain = jax.jit(t5.clone(layout=None).apply).lower({"params": laid}, ids, mask)
+        assert jax.jit(t5.apply).lower({"params": laid}, ids, mask).as_text() == plain.as_text()
+
+
 def test_every_matrix_is_split_over_fsdp_and_tensor():
-    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    mesh = mesh_of(1, 4, 2)
     width, mlp, layers, heads = PUBLISHED_SIZES["xxl"]
     t5 = module("bfloat16", d_model=width, d_ff=mlp, num_layers=layers, num_heads=heads, d_kv=64)
     abstract = abstract_params(t5)

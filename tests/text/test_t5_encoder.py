@@ -16,7 +16,8 @@ from sentencepiece import SentencePieceTrainer
 from tiny_t5 import VOCABULARY, relative_error, write_folder
 
 from cascade.errors import UserError
-from cascade.parallel.mesh import make_mesh
+from cascade.parallel import rules
+from cascade.parallel.mesh import batch_sharding, make_mesh, split_rows
 from cascade.registry import build
 from cascade.text.encoders import ENCODERS, t5
 
@@ -210,7 +211,8 @@ def test_a_prompt_does_not_depend_on_its_mates(encoder):
         np.testing.assert_array_equal(alone_mask[0], mask[i])
 
 
-def test_on_a_mesh_prompts_have_the_same_states(folder, encoder):
+def test_on_a_mesh_prompts_have_the_same_states(folder, encoder, monkeypatch):
+    monkeypatch.setattr(rules, "SMALLEST_SHARDED", 1)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     placed = t5(weights=str(folder), **SETTINGS)
     placed.place(mesh)
@@ -219,6 +221,8 @@ def test_on_a_mesh_prompts_have_the_same_states(folder, encoder):
     for rows, states in placed.embed_in_batches(tokens, mesh):
         assert relative_error(states, wanted[rows, : states.shape[1]]) < 2e-6
     assert placed._params["embedding"].sharding.mesh == mesh
+    ids, mask = (split_rows(np.tile(a, (8, 1)), mesh) for a in tokens[:2])
+    assert placed.embed(ids, mask).sharding.is_equivalent_to(batch_sharding(mesh), 3)
     assert relative_error(placed.encode(["a cat"])[0][0], wanted[0]) < 2e-6
     placed.place(make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]))
     np.testing.assert_array_equal(placed.encode(["a cat"])[0][0], wanted[0])
