@@ -2,12 +2,14 @@
 
     python bench/plan.py table                     # three stages × three TPU topologies
     python bench/plan.py table --stages sr256_600m --topologies v5e-256
-    python bench/plan.py scaling                   # FSDP over 16 … 512 chips of v5p
+    python bench/plan.py table --largest           # and the largest batch that each takes
+    python bench/plan.py scaling                   # FSDP on 16 … 512 chips of v5p
     python bench/plan.py scaling --override --config.stage.network.channels=128     # quicker
 
-Needs `pip install -e '.[libtpu]'` and no TPU. A step is compiled for each line, minutes for the
-base stage; what was compiled once is kept (see docs/plan.md), so that a run that was interrupted
-goes on. Times are this machine's, while it did whatever else it did. Results go to bench/results/.
+Needs `pip install -e '.[libtpu]'` and no TPU. A step is compiled for each line, some minutes, and a
+few times more for the largest batch; what was compiled once is kept (see docs/plan.md), so that a
+run that was interrupted goes on. Times are this machine's, while it did whatever else it did.
+Results go to bench/results/.
 """
 
 import json
@@ -16,6 +18,10 @@ import platform
 from pathlib import Path
 
 import click
+
+from cascade.parallel.estimate import MACHINE_CODE, estimate
+from cascade.parallel.plan import changed, measure
+from cascade.parallel.topology import parse
 
 RESULTS = Path(__file__).parent / "results"
 TOPOLOGIES = ("v5e-256", "v5p-512", "v6e-256")
@@ -31,11 +37,11 @@ def main():
 @main.command()
 @click.option("--stages", default=",".join(STAGES), show_default=True)
 @click.option("--topologies", default=",".join(TOPOLOGIES), show_default=True)
+@click.option("--largest", is_flag=True, help="Compile until the largest batch is known too.")
 @click.option("--override", multiple=True, help="--config.a.b=value, of every stage.")
-def table(stages, topologies, override):
+def table(stages, topologies, largest, override):
     """Each stage's training step, as its config has it, on each topology."""
     from cascade import config
-    from cascade.parallel.plan import measure
 
     rows = []
     for stage in stages.split(","):
@@ -43,35 +49,34 @@ def table(stages, topologies, override):
         for topology in topologies.split(","):
             measured = measure(loaded, topology)
             rows.append(row(stage, topology, loaded.train.batch_size, measured))
+            if largest:
+                rows[-1] |= largest_batch(loaded, topology, measured)
             click.echo(rows[-1])
-            write("plan-table", rows, override)
+            write("plan-table", rows, ["--largest"] * largest, override)
 
 
 @main.command()
 @click.option("--config", "spec", default="configs/imagen/base64_2b.py", show_default=True)
 @click.option("--topologies", default=",".join(SCALES), show_default=True)
+@click.option("--fsdp", default=8, show_default=True, help="Chips that parameters are split over.")
 @click.option("--a-chip", default=8, show_default=True, help="Pictures.")
 @click.option("--override", multiple=True, help="--config.a.b=value.")
-def scaling(spec, topologies, a_chip, override):
-    """Parameters split over all chips, the same number of pictures on each."""
+def scaling(spec, topologies, fsdp, a_chip, override):
+    """Parameters split the same way and as many pictures a chip, on more and more chips."""
     from cascade import config
-    from cascade.parallel.plan import changed, measure
-    from cascade.parallel.topology import parse
 
     rows, loaded = [], config.load(spec, override)
     for topology in topologies.split(","):
         chips = parse(topology).chips
-        sharded = changed(loaded, batch=a_chip * chips, mesh=f"fsdp={chips}")
+        sharded = changed(loaded, batch=a_chip * chips, mesh=f"data={chips // fsdp},fsdp={fsdp}")
         measured = measure(sharded, topology)
         rows.append(row(Path(spec).stem, topology, a_chip * chips, measured))
         click.echo(rows[-1])
-        write("plan-scaling", rows, override)
+        write("plan-scaling", rows, [], override)
 
 
 def row(stage: str, topology: str, batch: int, measured) -> dict:
     """One line of a table, bytes in GB of one chip."""
-    from cascade.parallel.estimate import estimate
-
     found = estimate(measured, batch, 0.4)
     line = {
         "stage": stage,
@@ -86,13 +91,7 @@ def row(stage: str, topology: str, batch: int, measured) -> dict:
     if measured.sent is None:
         return line
     sent = sum(size for size, _ in measured.sent.values())
-    # As if all temporaries grew with the batch, though gradients don't, and with the 1/64 of its
-    # memory left out that the TPU compiler keeps of a v5e (15.75 of 16 GiB).
-    resident = measured.peak_bytes - measured.temporary_bytes
-    room = (found.capacity * 63 / 64 - resident) / measured.temporary_bytes
-    shares = measured.mesh["data"] * measured.mesh["fsdp"]
     return line | {
-        "should fit": int(room * batch) // shares * shares,
         "sent GB": sent / 1e9,
         "× ideal": sent / measured.ideal_bytes,
         **{kind: size / 1e9 for kind, (size, _) in measured.sent.items()},
@@ -101,13 +100,37 @@ def row(stage: str, topology: str, batch: int, measured) -> dict:
     }
 
 
-def write(name: str, rows: list[dict], override):
+def largest_batch(config, topology: str, measured) -> dict:
+    """The largest batch that fits, in whole pictures a chip, and what it takes.
+
+    Memory grows about evenly with the batch, so each next one tried lies on the line through the
+    last two; the search ends where one more picture a chip doesn't fit.
+    """
+    shares = measured.mesh["data"] * measured.mesh["fsdp"]
+    room = estimate(measured, 1, 0.4).capacity - MACHINE_CODE
+    resident = measured.peak_bytes - measured.temporary_bytes
+    tried = {0: resident, config.train.batch_size // shares: measured.peak_bytes}
+    fitting, refused = max(tried), None
+    while refused is None or refused - fitting > 1:
+        (a, at_a), (b, at_b) = sorted(tried.items(), key=lambda one: abs(one[1] - room))[:2]
+        guess = max(int(a + (room - at_a) * (b - a) / (at_b - at_a)), fitting + 1)
+        guess = guess if refused is None else min(guess, refused - 1)
+        found = measure(changed(config, batch=guess * shares), topology)
+        tried[guess] = found.peak_bytes
+        if estimate(found, 1, 0.4).fits:
+            fitting = guess
+        else:
+            refused = guess
+    return {"largest batch": fitting * shares, "then GB": tried[fitting] / 1e9}
+
+
+def write(name: str, rows: list[dict], flags: list[str], override):
     """The rows so far, as JSON and as a table."""
     columns = list(dict.fromkeys(key for line in rows for key in line))
+    command = ["python bench/plan.py", name.removeprefix("plan-"), *flags]
+    command += [f"--override {each}" for each in override]
     lines = [
-        f"`python bench/plan.py {name.removeprefix('plan-')}"
-        f"{''.join(f' --override {each}' for each in override)}` on {os.cpu_count()} cores, "
-        f"{platform.machine()}",
+        f"`{' '.join(command)}` on {os.cpu_count()} cores, {platform.machine()}",
         "",
         "| " + " | ".join(columns) + " |",
         "|---" * len(columns) + "|",

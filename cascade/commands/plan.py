@@ -17,6 +17,11 @@ from cascade.errors import UserError
 @click.option("--batch", type=int, help="Pictures a step, on all chips. [default: the config's]")
 @click.option("--mesh", help="Axis sizes, like data=4,fsdp=64. [default: the config's]")
 @click.option("--sample", is_flag=True, help="Plan the stage's sampler instead of its training.")
+@click.option(
+    "--machine-code",
+    is_flag=True,
+    help="Compile to the end, for the size of the machine code; up to ten times as long.",
+)
 @click.option("--search", is_flag=True, help="Vary batch, mesh and remat; print what fits best.")
 @click.option("--tries", default=12, show_default=True, help="--search: compilations at most.")
 @click.option(
@@ -31,7 +36,20 @@ from cascade.errors import UserError
     help="GiB of this machine's memory that compiling may take. [default: 9/10 of what is free]",
 )
 @click.pass_context
-def plan(ctx, spec, topology, slices, batch, mesh, sample, search, tries, utilisation, host_memory):
+def plan(
+    ctx,
+    spec,
+    topology,
+    slices,
+    batch,
+    mesh,
+    sample,
+    machine_code,
+    search,
+    tries,
+    utilisation,
+    host_memory,
+):
     """Compile a stage's step for devices that needn't be here.
 
     Prints what it would take: memory, what chips send each other, lower bounds on time, speed and
@@ -59,13 +77,16 @@ def plan(ctx, spec, topology, slices, batch, mesh, sample, search, tries, utilis
         raise UserError("--slices counts a TPU topology's; leave it out with --topology local.")
     where = topology if topology == LOCAL else parse(topology, slices).name
     loaded = plans.changed(config.load(spec, ctx.args), batch=batch, mesh=mesh)
-    limit = None if host_memory is None else host_memory * 2**30
+    options = {
+        "machine_code": machine_code,
+        "host_limit": None if host_memory is None else host_memory * 2**30,
+    }
     if search:
-        found = search_for(loaded, where, tries=tries, utilisation=utilisation, host_limit=limit)
+        found = search_for(loaded, where, tries=tries, utilisation=utilisation, **options)
         click.echo(f"Training {spec} on {where}, estimates at {utilisation:.0%} utilisation:")
         click.echo(table(found))
         return
-    measured = plans.measure(loaded, where, sample=sample, host_limit=limit)
+    measured = plans.measure(loaded, where, sample=sample, **options)
     text = report(
         measured,
         what=f"{'Drawing with' if sample else 'Training'} {spec}",

@@ -8,6 +8,7 @@ of JSON go out: {"phase": ...} while it works, then {"measured": ...} or {"error
 import functools
 import json
 import math
+import os
 import re
 import resource
 import sys
@@ -24,11 +25,12 @@ from cascade.errors import UserError
 from cascade.networks import cost
 from cascade.parallel import hlo
 from cascade.parallel import mesh as meshes
+from cascade.parallel.before_code import Memory, compile_until_code
 from cascade.parallel.collectives import collectives, ideal_bytes
 from cascade.parallel.layout import Layout
 from cascade.parallel.rules import of_config, shardings
 from cascade.parallel.topology import LOCAL, parse
-from cascade.stage import Stage
+from cascade.stage import FOLLOWING, Stage
 from cascade.training.optim import make_optimizer
 from cascade.training.state import init_state, jit_train_step, with_shardings
 
@@ -43,7 +45,7 @@ class Program(NamedTuple):
 
 
 def training_program(config: ConfigDict, stage: Stage, mesh) -> Program:
-    """The step that `cascade.training.train` jits, its state donated."""
+    """The step that `cascade.training.loop` jits, its state donated."""
     settings = config.train
     meshes.check_batch(settings.batch_size, settings.microbatches, mesh)
     optimizer = make_optimizer(settings)
@@ -51,7 +53,7 @@ def training_program(config: ConfigDict, stage: Stage, mesh) -> Program:
     abstract = jax.eval_shape(create, jax.random.key(0))
     placed = shardings(abstract, mesh, of_config(config))
     image, _, cond = stage.shapes(settings.batch_size)
-    batch = {"image": image, **{k: v for k, v in cond.items() if k != "aug_logsnr"}}
+    batch = {"image": image, **{k: v for k, v in cond.items() if k not in FOLLOWING}}
     run = jit_train_step(stage, optimizer, settings, mesh, placed)
     state = with_shardings(abstract, placed)
     key = _placed(jax.eval_shape(jax.random.key, 0), meshes.replicated(mesh))
@@ -66,7 +68,7 @@ def sampling_program(config: ConfigDict, stage: Stage, mesh) -> Program:
     params = jax.eval_shape(stage.init, jax.random.key(0))
     params = with_shardings(params, shardings(params, mesh, of_config(config)))
     _, _, cond = stage.shapes(rows, size)
-    cond.pop("aug_logsnr", None)
+    cond = {k: v for k, v in cond.items() if k not in FOLLOWING}
     null = {name: cond[name] for name in ("text_emb", "text_mask")}
     keys = jax.eval_shape(functools.partial(jax.random.split, num=rows), jax.random.key(0))
     cond, null, keys = _placed((cond, null, keys), meshes.batch_sharding(mesh))
@@ -113,7 +115,8 @@ def measure(request: dict, tell: Callable[[str], None]) -> dict:
     """Compiles what is asked for and reads the result.
 
     Args:
-      request: "config" as `cascade.config.to_json` gives it, "topology", "sample".
+      request: "config" as `cascade.config.to_json` gives it, "topology", "sample"; "dump", the
+        folder that XLA was told of where machine code isn't wanted, else None.
       tell: is given each of `cascade.parallel.plan.PHASES` as it begins.
 
     Returns:
@@ -158,32 +161,42 @@ def measure(request: dict, tell: Callable[[str], None]) -> dict:
     lowered = traced.lower()
     tell("compile")
     try:
-        compiled = lowered.compile()
+        if request["dump"] is None:
+            compiled = lowered.compile()
+            memory, text = memory_of(compiled), compiled.as_text()
+        else:
+            memory, text = compile_until_code(lowered, request["dump"])
+        measured["compile_seconds"] = time.monotonic() - start
         tell("read")
         slices = {getattr(device, "slice_index", None) for device in devices}
-        measured |= read(compiled, len(devices), len(slices))
+        measured |= read(memory, text, len(devices), len(slices))
     except jax.errors.JaxRuntimeError as error:
         measured["peak_bytes"] = needed_bytes(error, argument_bytes(program.arguments))
-    measured["compile_seconds"] = time.monotonic() - start
+        measured["compile_seconds"] = time.monotonic() - start
     measured["host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return measured
 
 
-def read(compiled, devices: int, slices: int) -> dict:
-    """Memory, sent bytes and memory traffic of a compiled program, each of one chip."""
+def memory_of(compiled) -> Memory:
+    """What a compiled program takes of one chip."""
     memory = compiled.memory_analysis()
-    module = hlo.parse(compiled.as_text())
-    argument, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    # Results that take the place of a donated argument need none of their own.
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    code = memory.generated_code_size_in_bytes
-    return {
-        "argument_bytes": argument,
-        "result_bytes": results,
-        "donated_bytes": memory.alias_size_in_bytes,
-        "temporary_bytes": temporary,
-        "code_bytes": code,
-        "peak_bytes": argument + results + temporary + code,
+    return Memory(
+        argument=memory.argument_size_in_bytes,
+        donated=memory.alias_size_in_bytes,
+        # Results that take the place of a donated argument need none of their own.
+        result=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+    )
+
+
+def read(memory: Memory, text: str, devices: int, slices: int) -> dict:
+    """Memory, sent bytes and memory traffic of a compiled program, each of one chip."""
+    module = hlo.parse(text)
+    parts = {f"{name}_bytes": size for name, size in memory._asdict().items()}
+    resident = memory.argument + memory.result + memory.temporary
+    return parts | {
+        "peak_bytes": resident + (memory.code or 0),
         "sent": {k: list(sent) for k, sent in collectives(module, devices, slices).items()},
         "traffic_bytes": hlo.traffic(module),
     }
@@ -230,6 +243,7 @@ def main():
         tell("measured", answer)
     except UserError as error:
         tell("error", str(error))
+    os._exit(0)  # the compiler may still be at what isn't wanted of it
 
 
 if __name__ == "__main__":

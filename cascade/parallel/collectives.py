@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cascade.parallel.hlo import Executed, Instruction, Module, walk
+from cascade.parallel.hlo import Executed, Instruction, Module, continues, walk
 
 # Bytes each chip sends, of an operand of b bytes in a group of n chips, at the least (a ring's):
 # Patarasuk and Yuan 2009.
@@ -50,7 +50,7 @@ def collectives(module: Module, devices: int, slices: int = 1) -> dict[str, Traf
             reduces = "ALL_REDUCE" in executed.instruction.attributes
             size = _operand_bytes(executed)
             kind, sent = BETWEEN, SENT["all-reduce"](size, slices) if reduces else size
-        elif kind in SENT:
+        elif kind in SENT and not continues(executed.instruction):
             if kind == "all-reduce" and executed.fusion is not None and _scatters(executed):
                 kind = "reduce-scatter"
             group = group_size(executed.instruction, devices)

@@ -11,6 +11,9 @@ from cascade.parallel.plan import Measured
 from cascade.parallel.topology import KINDS, Chip
 
 DAY = 86_400
+# Bytes that machine code is assumed to take where none was made: the 2B base stage's on v5p took
+# 0.57e9, the others' less.
+MACHINE_CODE = 0.6e9
 
 
 class Estimate(NamedTuple):
@@ -21,7 +24,8 @@ class Estimate(NamedTuple):
       seconds: the longest bound, with arithmetic at the assumed utilisation rather than at peak;
         None where there are no bounds.
       images_per_second: at that speed.
-      fits: whether its peak fits the chip's memory; None where either isn't known.
+      fits: whether its peak fits the chip's memory, with MACHINE_CODE where none was made; None
+        where either isn't known.
       capacity: bytes of a chip's memory; None where it isn't known.
     """
 
@@ -47,7 +51,8 @@ def estimate(measured: Measured, batch: int, utilisation: float) -> Estimate:
     capacity = measured.device_bytes or (chip.hbm_bytes if chip else None)
     if measured.sent is None:
         return Estimate({}, None, None, False, capacity)
-    fits = None if capacity is None else measured.peak_bytes <= capacity
+    needed = measured.peak_bytes + (MACHINE_CODE if measured.code_bytes is None else 0.0)
+    fits = None if capacity is None else needed <= capacity
     if chip is None:
         return Estimate({}, None, None, fits, capacity)
     bounds = _bounds(measured, chip)
@@ -123,8 +128,12 @@ def _memory_rows(measured: Measured, found: Estimate) -> list[str]:
     if measured.sent is None:
         return [*rows, _row("", "the compiler refused it, so no more is known")]
     parts = ("argument", "temporary", "result", "code")
-    text = ", ".join(f"{part} {_size(getattr(measured, f'{part}_bytes'))}" for part in parts)
-    return [*rows, _row("", f"{text}; {_size(measured.donated_bytes)} donated")]
+    sizes = {part: getattr(measured, f"{part}_bytes") for part in parts}
+    text = ", ".join(f"{part} {_size(size)}" for part, size in sizes.items() if size is not None)
+    rows.append(_row("", f"{text}; {_size(measured.donated_bytes)} donated"))
+    if measured.code_bytes is None:
+        rows.append(_row("", f"and machine code, {_size(MACHINE_CODE)} assumed of it"))
+    return rows
 
 
 def _sent_rows(measured: Measured, training: bool) -> list[str]:

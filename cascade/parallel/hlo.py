@@ -220,26 +220,55 @@ def _moved(instruction: Instruction, computation: Computation, module: Module) -
 
 def _fused(fusion: Instruction, inner: Computation, read: list[float]) -> float:
     """Bytes of HBM that a fusion reads and writes; `read` is the size of each operand there."""
+    passed_on = {line.name for line in inner.instructions.values() if continues(line)}
+    if passed_on:
+        passed_on.add(inner.root)
     users = {name: [] for name in inner.instructions}
     for line in inner.instructions.values():
-        for position, name in enumerate(line.operands):
-            users[name].append((position, line))
+        if line.name not in passed_on:
+            for position, name in enumerate(line.operands):
+                users[name].append((position, line))
     total = 0.0
     for line in inner.instructions.values():
         if line.opcode != "parameter":
             continue
         size = read[int(re.match(r"(\d+)", line.attributes)[1])]
         uses = users[line.name]
-        if uses and all(use.opcode == "dynamic-slice" and at == 0 for at, use in uses):
+        ways = {(at, use.opcode) for at, use in uses}
+        if ways == {(0, "dynamic-slice")}:
             size = min(size, sum(array.bytes for _, use in uses for array in use.results))
-        elif uses and all(use.opcode == "dynamic-update-slice" and at == 0 for at, use in uses):
+        elif ways == {(0, "dynamic-update-slice")} or (passed_on and not uses):
             size = 0.0
         total += size
-    written = _in_memory(fusion.results)
+    return total + _written(fusion, inner, passed_on)
+
+
+def _written(fusion: Instruction, inner: Computation, passed_on: set[str]) -> float:
+    """Bytes of HBM that a fusion writes, those left out that a collective on its way passes on."""
     root = inner.instructions[inner.root]
+    if passed_on:
+        made = (inner.instructions[name] for name in root.operands if root.opcode == "tuple")
+        return sum(
+            _in_memory(line.results)
+            for line in made
+            if line.opcode != "parameter" and line.name not in passed_on
+        )
+    if "AsyncCollectiveStart" in root.attributes:  # gives (source, target, flags)
+        return _in_memory(fusion.results[1:2])
+    written = _in_memory(fusion.results)
     if root.opcode == "dynamic-update-slice" and written:
-        written = sum(a.bytes for a in inner.instructions[root.operands[1]].results)
-    return total + written
+        return sum(a.bytes for a in inner.instructions[root.operands[1]].results)
+    return written
+
+
+def continues(instruction: Instruction) -> bool:
+    """Whether this is a later part of a collective that was begun before.
+
+    The TPU compiler spreads a collective over fusions that do other work meanwhile, and writes it
+    into each of them, under one channel; the first one's flag is -1.
+    """
+    flag = re.search(r'"flag_start":"(-?\d+)"', instruction.attributes)
+    return flag is not None and flag[1] != "-1"
 
 
 def _in_memory(results: tuple[Array, ...]) -> float:

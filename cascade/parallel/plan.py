@@ -27,6 +27,7 @@ from tqdm import tqdm
 from cascade import config as configs
 from cascade.errors import UserError
 from cascade.files import write_whole
+from cascade.parallel.before_code import flags
 from cascade.parallel.mesh import parse_mesh
 from cascade.parallel.topology import LOCAL, parse
 
@@ -59,7 +60,8 @@ class Measured(NamedTuple):
       ideal_bytes: what a chip must send at least to train on this mesh, see
         `cascade.parallel.collectives.ideal_bytes`.
       peak_bytes: a chip's memory. The others are its parts and None where it doesn't fit the chip.
-      argument_bytes, temporary_bytes, result_bytes, code_bytes: the peak's parts.
+      argument_bytes, temporary_bytes, result_bytes: the peak's parts.
+      code_bytes: machine code, a part of the peak too; None where none was made.
       donated_bytes: results that take an argument's place.
       sent: kind of collective -> (bytes a chip sends, calls); None where it doesn't fit.
       traffic_bytes: a chip's memory is read and written; None where it doesn't fit.
@@ -110,6 +112,7 @@ def measure(
     topology: str,
     *,
     sample: bool = False,
+    machine_code: bool = False,
     host_limit: float | None = None,
     progress: bool = True,
 ) -> Measured:
@@ -118,6 +121,8 @@ def measure(
     Args:
       config: an experiment's; its batch size is the sampler's too.
       topology: as `cascade.parallel.topology.parse`, or "local".
+      machine_code: for TPUs too, compile to the end, to know its machine code's size. It takes up
+        to ten times as long, and changes nothing else. What is here is always compiled wholly.
       host_limit: bytes of this machine's memory that compiling may take; None is 9 tenths of what
         is free.
       progress: show a bar with the phase it is in.
@@ -132,6 +137,7 @@ def measure(
             "for --topology local."
         )
     request = {"config": configs.to_json(config), "topology": name, "sample": sample}
+    request["machine_code"] = machine_code or name == LOCAL
     cached = _cache_file(request)
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Measured(**json.loads(cached.read_text(encoding="utf-8")))
@@ -173,7 +179,13 @@ def _ask_child(request: dict, host_limit: float, progress: bool) -> dict:
     own = {} if request["topology"] == LOCAL else TPU_ENVIRONMENT
     # What was compiled once would be read from jax's cache, in no time and with no memory.
     environment = {**os.environ, **own, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
+    with (
+        tempfile.TemporaryDirectory() as dump,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints,
+    ):
+        request = request | {"dump": None if request["machine_code"] else dump}
+        if request["dump"]:
+            environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags(dump)}"
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "cascade.parallel.ahead"],
             stdin=subprocess.PIPE,

@@ -80,6 +80,67 @@ def test_memory_is_counted_where_it_isnt_on_the_chip():
     assert hlo.traffic(hlo.parse(PROGRAM)) == gather + permute + send + scatter
 
 
+# A gather that the TPU compiler spreads over a fusion which does other work meanwhile.
+SPREAD = """HloModule jit_step, is_scheduled=true
+
+%begin (w: bf16[64,128]) -> (bf16[64,128], bf16[512,128], u32[]) {
+  %w = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %all = bf16[512,128]{1,0:T(8,128)(2,1)} all-gather(%w), channel_id=9, \
+replica_groups=[1,8]<=[8], dimensions={0}, backend_config={"flag_start":"-1"}
+  ROOT %begun = (bf16[64,128]{1,0:T(8,128)(2,1)}, bf16[512,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) \
+custom-call(%all), custom_call_target="AsyncCollectiveStart"
+}
+
+%meanwhile (w: bf16[64,128], g: bf16[512,128], f: u32[], x: f32[256,128]) -> \
+(f32[256,128], bf16[64,128], bf16[512,128], bf16[512,128], u32[]) {
+  %x = f32[256,128]{1,0:T(8,128)} parameter(3)
+  %y = f32[256,128]{1,0:T(8,128)} negate(%x)
+  %w = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %g = bf16[512,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %f = u32[]{:S(2)} parameter(2)
+  %all = bf16[512,128]{1,0:T(8,128)(2,1)} all-gather(%w), channel_id=9, \
+replica_groups=[1,8]<=[8], dimensions={0}, backend_config={"flag_start":"2"}
+  ROOT %both = (f32[256,128]{1,0:T(8,128)}, bf16[64,128]{1,0:T(8,128)(2,1)}, \
+bf16[512,128]{1,0:T(8,128)(2,1)}, bf16[512,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) \
+tuple(%y, %w, %g, %all, %f)
+}
+
+%end (w: bf16[64,128], g: bf16[512,128], f: u32[]) -> bf16[512,128] {
+  %w = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %g = bf16[512,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %f = u32[]{:S(2)} parameter(2)
+  %all = bf16[512,128]{1,0:T(8,128)(2,1)} all-gather(%w), channel_id=9, \
+replica_groups=[1,8]<=[8], dimensions={0}, backend_config={"flag_start":"2"}
+  ROOT %done = bf16[512,128]{1,0:T(8,128)(2,1)} custom-call(%w, %g, %all, %f), \
+custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main.2 (w: bf16[64,128], x: f32[256,128]) -> bf16[512,128] {
+  %w = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %x = f32[256,128]{1,0:T(8,128)} parameter(1)
+  %s = (bf16[64,128]{1,0:T(8,128)(2,1)}, bf16[512,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) \
+fusion(%w), kind=kCustom, calls=%begin
+  %s0 = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%s), index=0
+  %s1 = bf16[512,128]{1,0:T(8,128)(2,1)} get-tuple-element(%s), index=1
+  %s2 = u32[]{:S(2)} get-tuple-element(%s), index=2
+  %m = (f32[256,128]{1,0:T(8,128)}, bf16[64,128]{1,0:T(8,128)(2,1)}, \
+bf16[512,128]{1,0:T(8,128)(2,1)}, bf16[512,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) \
+fusion(%s0, %s1, %s2, %x), kind=kOutput, calls=%meanwhile
+  %m1 = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%m), index=1
+  %m2 = bf16[512,128]{1,0:T(8,128)(2,1)} get-tuple-element(%m), index=3
+  %m3 = u32[]{:S(2)} get-tuple-element(%m), index=4
+  ROOT %out = bf16[512,128]{1,0:T(8,128)(2,1)} fusion(%m1, %m2, %m3), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_collective_that_is_spread_over_fusions_is_one():
+    module, part = hlo.parse(SPREAD), 2 * 64 * 128
+    assert collectives(module, devices=8) == {"all-gather": (7 * part, 1)}
+    negation = 2 * 4 * 256 * 128
+    assert hlo.traffic(module) == part + 8 * part + negation
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [

@@ -13,7 +13,7 @@ from cascade.cli import main
 from cascade.errors import UserError
 from cascade.parallel import plan
 from cascade.parallel.ahead import needed_bytes
-from cascade.parallel.estimate import estimate, report
+from cascade.parallel.estimate import MACHINE_CODE, estimate, report
 from cascade.parallel.search import search, table
 from cascade.parallel.topology import CHIPS
 
@@ -125,6 +125,14 @@ def test_the_longest_bound_binds():
     assert found.images_per_second == pytest.approx(2048 / 0.15)
     slow = estimate(measured(traffic_bytes=CHIPS["v5e"].hbm_bandwidth), 2048, utilisation=0.5)
     assert slow.binds == "memory" and slow.seconds == pytest.approx(1.0)
+
+
+def test_machine_code_that_wasnt_made_needs_room_too():
+    nearly = CHIPS["v5e"].hbm_bytes - MACHINE_CODE / 2
+    assert estimate(measured(peak_bytes=nearly), 1, 0.4).fits
+    unmade = measured(peak_bytes=nearly, code_bytes=None)
+    assert not estimate(unmade, 1, 0.4).fits
+    assert "assumed" in report(unmade, what="w", where="w", batch=1, steps=1, utilisation=0.4)
 
 
 def test_the_report_says_what_was_found():

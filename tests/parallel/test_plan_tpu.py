@@ -31,6 +31,18 @@ def test_a_tpu_that_isnt_here_is_planned_for(tiny):
         plan.measure(tiny, "v5e-4", progress=False)
 
 
+def test_machine_code_changes_nothing_but_its_own_size(tiny):
+    tiny.mesh = {"data": 2, "fsdp": 2, "tensor": 1}
+    until, whole = (
+        plan.measure(tiny, "v5e-4", machine_code=code, progress=False) for code in (False, True)
+    )
+    assert until.code_bytes is None and whole.code_bytes > 0
+    for name in ("argument_bytes", "donated_bytes", "result_bytes", "sent", "traffic_bytes"):
+        assert getattr(until, name) == getattr(whole, name), name
+    # Some kilobytes are added for the machine code's own use.
+    assert until.temporary_bytes == pytest.approx(whole.temporary_bytes, rel=0.01)
+
+
 def test_slices_reduce_over_the_network(tiny):
     tiny.mesh = {"data": 4, "fsdp": 3, "tensor": 1}
     with pytest.raises(UserError, match="3 slices"):
