@@ -180,9 +180,9 @@ def ddim_step(z_t: Array, x_hat: Array, logsnr_t: Array, logsnr_s: Array) -> Arr
 def joined(first: Array, second: Array, logsnr_t: Array, logsnr_m: Array, logsnr_s: Array) -> Array:
     """The x whose DDIM step t → s goes where t → m with `first` and m → s with `second` lead.
 
-        x = first + w (second - first),  w = (1 - e^(m - s)/2) / (1 - e^(t - s)/2)
+        x = first + w (second - first),  w = (1 - e^½(m - s)) / (1 - e^½(t - s))
 
-    with logsnr for t, m and s, t < m <= s in logsnr: (z_s - (sigma_s / sigma_t) z_t) / (alpha_s -
+    with t, m and s for their logsnr, t < m <= s: (z_s - (sigma_s / sigma_t) z_t) / (alpha_s -
     (sigma_s / sigma_t) alpha_t) of Salimans & Ho 2022, in which z_t has cancelled. w lies from 0
     (m = s) to 1 (logsnr_s = ∞).
     """
@@ -240,7 +240,7 @@ def trajectory(
 
 
 def _shrunk(logsnr_t, logsnr_s):
-    """1 - e^(logsnr_t - logsnr_s)/2; 0 where both are ∞ too."""
+    """1 - e^½(logsnr_t - logsnr_s); 0 where both are ∞ too."""
     same = logsnr_t == logsnr_s
     start = jnp.where(same, 0.0, logsnr_t)  # ∞ - ∞ is no number
     return jnp.where(same, 0.0, -jnp.expm1(0.5 * (start - logsnr_s)))
@@ -252,16 +252,15 @@ def _level(schedule, t):
 
 
 def _uniform_index(key, batch, count):
-    """Integers [batch] uniform in 0 … count-1, evenly spread over the batch."""
-    t = stratified_times(key, batch)
-    return jnp.minimum(jnp.floor(t * count).astype(jnp.int32), count - 1)
+    """Whole numbers [batch], floats, uniform in 0 … count-1 and evenly spread over the batch."""
+    return jnp.minimum(jnp.floor(stratified_times(key, batch) * count), count - 1)
 
 
 def _annealed(start, end, fraction, steps):
-    """Teacher steps a segment, an int32 scalar."""
+    """Teacher steps a segment, a scalar, whole."""
     fraction = jnp.clip(fraction, 0.0, 1.0)
     total = jnp.exp((1.0 - fraction) * math.log(start) + fraction * math.log(end))
-    return jnp.maximum(jnp.round(total / steps), 1.0).astype(jnp.int32)
+    return jnp.maximum(jnp.round(total / steps), 1.0)
 
 
 def _measured_spread(x_hat, x):
