@@ -19,6 +19,23 @@ class Numbers(click.ParamType):
         return numbers if len(numbers) > 1 else numbers[0]
 
 
+class Ways(click.ParamType):
+    """Comma-separated ways to draw, each one value, or one a stage between slashes: `64/30,8/4`."""
+
+    name = "WAY[,WAY...]"
+
+    def __init__(self, kind: type):
+        self.kind = kind
+
+    def convert(self, value, param, ctx):
+        """Text -> list of values, and of tuples of values where there are slashes."""
+        try:
+            ways = [tuple(map(self.kind, way.split("/"))) for way in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} isn't a list of {self.kind.__name__}s such as 8,50.", param, ctx)
+        return [way if len(way) > 1 else way[0] for way in dict.fromkeys(ways)]
+
+
 def process_options(command):
     """The options of a command that several processes may run together, one per machine or so."""
     for option in reversed(

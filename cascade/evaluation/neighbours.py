@@ -109,7 +109,9 @@ def covered(x: np.ndarray, by: np.ndarray, radius: np.ndarray) -> float:
     return float(np.concatenate(inside).mean())
 
 
-def precision_recall(drawn: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
+def precision_recall(
+    drawn: np.ndarray, real: np.ndarray, k: int = 3, real_radii: np.ndarray | None = None
+) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1 and 2).
 
     Each set's manifold is the union of balls about its pictures that reach to the k-th nearest
@@ -119,6 +121,7 @@ def precision_recall(drawn: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[f
 
     Args:
       drawn, real: [N, D] and [M, D].
+      real_radii: `radii` of the real ones, where they are known already.
 
     Raises:
       UserError: k or fewer in either.
@@ -129,4 +132,5 @@ def precision_recall(drawn: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[f
             f"Precision and recall by the {k} nearest need at least {k + 1} pictures a side; there "
             f"are {least}."
         )
-    return covered(drawn, real, radii(real, k)), covered(real, drawn, radii(drawn, k))
+    real_radii = radii(real, k) if real_radii is None else real_radii
+    return covered(drawn, real, real_radii), covered(real, drawn, radii(drawn, k))

@@ -1,0 +1,136 @@
+"""What a bundle draws, measured as it is drawn: features and seconds, and no picture kept long."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from cascade.batches import Batch
+from cascade.data.preprocess import resized
+from cascade.evaluation.features import Extractor
+from cascade.evaluation.record import SHOWN, Record
+from cascade.parallel.mesh import whole_on_host
+from cascade.pipeline import Cascade
+
+AT_ONCE = 256  # prompts whose embeddings are held; a multiple of it goes through in whole batches
+
+
+class Setting(NamedTuple):
+    """One way to draw.
+
+    Attributes:
+      guidance, steps: one value, or one a stage; None is the bundle's.
+      sampler: its name; None is the bundle's.
+    """
+
+    guidance: float | tuple[float, ...] | None = None
+    steps: int | tuple[int, ...] | None = None
+    sampler: str | None = None
+
+    def stages(self, pipe: Cascade) -> list[dict[str, Any]]:
+        """Each stage's sampling settings, the bundle's own included, as plain types.
+
+        Raises:
+          UserError: a value that a stage can't take, or a wrong number of them.
+        """
+        return [stage.to_dict() for stage in pipe.settings(**self._asdict())]
+
+    def told(self, pipe: Cascade) -> dict[str, str]:
+        """Guidance, steps and sampler as a person reads them: one for all stages or one for each.
+
+        {"guidance": "3/1", "steps": "64/30", "sampler": "ddim"}.
+        """
+        stages = self.stages(pipe)
+        columns = {
+            "guidance": [f"{stage['guidance']:g}" for stage in stages],
+            "steps": [str(stage["steps"]) for stage in stages],
+            "sampler": [stage["sampler"]["name"] for stage in stages],
+        }
+        return {
+            name: "/".join(values if len(set(values)) > 1 else values[:1])
+            for name, values in columns.items()
+        }
+
+
+def settings(
+    guidance: Sequence | None, steps: Sequence | None, samplers: Sequence[str] | None
+) -> list[Setting]:
+    """Every combination; None leaves the bundle's own."""
+    choices = [[None] if values is None else values for values in (guidance, steps, samplers)]
+    return [Setting(*chosen) for chosen in itertools.product(*choices)]
+
+
+def measure(
+    record: Record,
+    pipe: Cascade,
+    prompts: Sequence[str],
+    setting: Setting,
+    seed: int,
+    batch_size: int | None,
+    resolution: int,
+    extractors: Sequence[Extractor],
+    what: str,
+):
+    """Draws one picture a prompt, and adds to a record what the pictures of it lack.
+
+    All processes call this together. Picture i has index i, so a record that is gone on with holds
+    what one without a break does. Rows are the extractors' features by their names, and "seconds":
+    what a batch took, without its text's encoding, over its pictures; NaN of the first one, which
+    compiles.
+
+    Args:
+      resolution: side to which pictures that are drawn larger are shrunk, by area.
+      what: names the progress bar.
+
+    Raises:
+      UserError: as `Cascade.draw_batches`, or the record can't be written.
+    """
+    first, done = True, record.count
+    quiet = jax.process_index() > 0
+    bar = tqdm(total=len(prompts), initial=done, desc=what, unit="picture", disable=quiet)
+    with bar:
+        while done < len(prompts):
+            batches = pipe.draw_batches(
+                prompts[done : done + AT_ONCE],
+                seed=seed,
+                first_index=done,
+                batch_size=batch_size,
+                progress=False,
+                **setting._asdict(),
+            )
+            began = time.perf_counter()
+            with contextlib.closing(batches):
+                for batch in batches:
+                    seconds = (time.perf_counter() - began) / len(batch.stages[-1])
+                    _add(record, batch, done, resolution, extractors, np.nan if first else seconds)
+                    first, done = False, done + batch.count
+                    bar.update(batch.count)
+                    began = time.perf_counter()
+    record.write()
+
+
+def _add(
+    record: Record,
+    batch: Batch,
+    start: int,
+    resolution: int,
+    extractors: Sequence[Extractor],
+    seconds: float,
+):
+    """A batch's rows; `start` is the index of its first picture."""
+    pictures = batch.stages[-1]
+    shrinks = pictures.shape[1] != resolution
+    if shrinks or start < SHOWN:
+        whole = np.asarray(batch[-1])
+        record.keep(dict(enumerate(whole, start)))
+    if shrinks:
+        small = [resized(picture, resolution, resolution) for picture in whole]
+        small += [small[-1]] * (len(pictures) - len(small))  # rows that fill the batch up
+        pictures = np.stack(small)
+    measured = {e.name: whole_on_host(e(pictures))[: batch.count] for e in extractors}
+    record.add(**measured, seconds=np.full(batch.count, seconds))

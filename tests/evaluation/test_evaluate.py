@@ -1,0 +1,290 @@
+"""`cascade evaluate`: what it measures, that it goes on, and what it refuses."""
+
+import functools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from processes import cluster, run_processes
+from tiny_cascade import stage_config, trained
+
+from cascade.cli import main
+from cascade.evaluation import evaluate, record
+from cascade.evaluation.evaluate import Against, score_bundle, score_folders
+from cascade.evaluation.features import Extractor
+from cascade.evaluation.moments import Moments, frechet_distance
+from cascade.images import read_image, save_png
+from cascade.parallel.mesh import all_devices
+from cascade.pipeline import Cascade, load
+from cascade.text.encoders import minilm
+
+TESTS = Path(__file__).parents[1]
+PATHS = (TESTS.parent, TESTS, TESTS / "evaluation")
+RNG = np.random.default_rng(0)
+
+
+def quarters(mesh):
+    """In the place of EfficientNet: the mean colours of a picture's quarters, 12 features."""
+
+    def network(unit, x):
+        side = x.shape[1] // 2
+        return x.reshape(len(x), 2, side, 2, side, 3).mean((2, 4)).reshape(len(x), 12)
+
+    return Extractor("quarters", network, lambda pictures: pictures / 255.0, {}, 12, "1", mesh)
+
+
+@functools.cache
+def loaded(bundle, text_weights, mesh):
+    """Once for all tests, and its programs with it."""
+    return load(bundle, text_weights=text_weights, mesh=mesh)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(evaluate, "efficientnet_lite0", quarters)
+    monkeypatch.setattr(evaluate, "load", loaded)
+    monkeypatch.setattr(evaluate, "minilm", functools.cache(minilm))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A bundle of one stage, 8×8, and a folder of 24 captioned pictures, 16×16."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    text = {"name": "minilm", "max_length": 8, "weights": ""}
+    stages = [trained(stage_config(8, 0, text_width=384, text_length=8))]
+    Cascade(stages, text, minilm(max_length=8, weights="")).save(folder / "bundle")
+    for i in range(24):
+        colours = RNG.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+        save_png(folder / "real" / f"{i:02d}.png", np.kron(colours, np.ones((4, 4, 1), np.uint8)))
+        (folder / "real" / f"{i:02d}.txt").write_text(f"thing {chr(97 + i)}\nanother\n")
+    return folder
+
+
+def against(folder, out, **changes):
+    return Against(str(folder / "real"), out, **changes)
+
+
+def scored(folder, out, num=12, **changes):
+    ways = {"steps": [2], "guidance": [1.0], "batch_size": 4} | changes
+    return score_bundle(against(folder, out), folder / "bundle", num=num, **ways)
+
+
+def metrics(out):
+    return json.loads((out / "metrics.json").read_text())["rows"]
+
+
+WAY = "guidance-1_steps-2_sampler-ancestral"
+
+
+def test_numbers_are_those_of_what_is_drawn(folder, tmp_path):
+    table = scored(folder, tmp_path / "out")
+    found, real = metrics(tmp_path / "out")
+    prompts = [f"thing {chr(97 + i)}" for i in np.random.default_rng(0).permutation(24)[:12]]
+    pipe = loaded(folder / "bundle", text_weights="", mesh=all_devices())
+    pictures = pipe(prompts, seed=0, steps=2, guidance=1.0, batch_size=4, progress=False)
+    ours = pictures.reshape(12, 2, 4, 2, 4, 3).mean((2, 4)).reshape(12, 12) / 255.0
+    theirs = [read_image(folder / "real" / f"{i:02d}.png") for i in range(24)]
+    theirs = np.stack(theirs).reshape(24, 2, 8, 2, 8, 3).mean((2, 4)).reshape(24, 12) / 255.0
+    wanted = frechet_distance(Moments.of(ours), Moments.of(theirs))
+    np.testing.assert_allclose(found["FID-quarters"], wanted, rtol=1e-3)
+    assert found["pictures"] == found["asked"] == real["pictures"] == 12 and found["names"] == 24
+    assert found["s/picture"] > 0 and real["steps"] == "" and real["guidance"] == "real halves"
+    shown = read_image(tmp_path / "out" / WAY / "pictures" / "0003.png")
+    assert (shown == pictures[3]).all()
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert all(a.startswith("data:image/") for a in re.findall(r"src=\"([^\"]*)\"", html))
+    assert prompts[0] in html and "FID-quarters" in table and (tmp_path / "out/sheet.png").is_file()
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_that_was_stopped_goes_on(folder, tmp_path, monkeypatch):
+    """The same numbers to the bit as without a break, and nothing drawn twice."""
+    scored(folder, tmp_path / "whole")
+    monkeypatch.setattr(record, "SECONDS", 0.0)  # every batch is a part
+    add, batches = record.Record.add, []
+
+    def counted(self, **arrays):
+        add(self, **arrays)
+        batches.append(self.folder.name)
+        if len(batches) == stop:
+            raise Killed
+
+    monkeypatch.setattr(record.Record, "add", counted)
+    for stop in (1, 3, None):
+        if stop is None:
+            scored(folder, tmp_path / "out")
+        else:
+            with pytest.raises(Killed):
+                scored(folder, tmp_path / "out")
+    assert batches.count(WAY) == 3 and batches.count("real") == 2
+    whole, resumed = (metrics(tmp_path / name) for name in ("whole", "out"))
+    for row in (*whole, *resumed):
+        row.pop("s/picture", None)
+    assert whole == resumed
+    # What a kill left half-written counts for nothing, and what follows a gap is drawn again.
+    parts = sorted((tmp_path / "out" / WAY).glob("*.safetensors"))
+    assert [part.name for part in parts] == [f"{i:08d}.safetensors" for i in (0, 4, 8)]
+    parts[1].unlink()
+    (tmp_path / "out" / WAY / ".half.tmp").write_bytes(b"half")
+    batches.clear()
+    scored(folder, tmp_path / "out")
+    assert (
+        batches == [WAY, WAY]
+        and metrics(tmp_path / "out")[0]["FID-quarters"] == whole[0]["FID-quarters"]
+    )
+
+
+def test_more_pictures_and_other_ways_use_what_is_there(folder, tmp_path, monkeypatch):
+    scored(folder, tmp_path)
+    asked = []
+    draw = Cascade.draw_batches
+    monkeypatch.setattr(
+        Cascade,
+        "draw_batches",
+        lambda self, prompts, **how: (
+            asked.append((how["first_index"], len(prompts), how["steps"]))
+            or draw(self, prompts, **how)
+        ),
+    )
+    scored(folder, tmp_path, num=26)
+    scored(folder, tmp_path, num=10, steps=[2, 3])
+    assert asked == [(12, 14, 2), (0, 10, 3)]
+    rows = metrics(tmp_path)
+    assert [row["pictures"] for row in rows] == [10, 10, 12]
+    assert [row["steps"] for row in rows] == ["2", "3", ""]
+
+
+def test_a_changed_setting_is_told(folder, tmp_path):
+    scored(folder, tmp_path)
+    with pytest.raises(evaluate.UserError, match="seed was 0 and is 1"):
+        score_bundle(against(folder, tmp_path, seed=1), folder / "bundle", num=12)
+    with pytest.raises(evaluate.UserError, match="resolution was 8 and is 4"):
+        score_bundle(against(folder, tmp_path, resolution=4), folder / "bundle", num=12)
+
+
+def test_captions_come_again_where_there_are_fewer(folder, tmp_path):
+    job = evaluate.Job(against(folder, tmp_path), 10)
+    taken = [next(told) for told in [job.captions()] for _ in range(30)]
+    assert [place for place, _ in taken] == [*range(24), *range(6)]
+    assert len({caption for _, caption in taken}) == 24 and taken[0] == taken[24]
+
+
+def test_larger_drawings_are_shrunk(folder, tmp_path):
+    score_bundle(
+        against(folder, tmp_path, resolution=4), folder / "bundle", num=10, steps=[2], batch_size=4
+    )
+    kept = json.loads((tmp_path / "real" / "settings.json").read_text())
+    assert kept["resolution"] == 4 and metrics(tmp_path)[0]["pictures"] == 10
+
+
+def test_pictures_made_elsewhere(folder, tmp_path):
+    """The real pictures themselves score as well as can be; sheets among drawings are left out."""
+    for i in range(24):
+        picture = read_image(folder / "real" / f"{i:02d}.png")
+        save_png(tmp_path / "made" / f"{i}.png", picture, {"prompt": f"thing {chr(97 + i)}"})
+    save_png(tmp_path / "made" / "sheet-0.png", np.zeros((40, 60, 3), np.uint8))
+    score_folders(against(folder, tmp_path / "out"), [str(tmp_path / "made")])
+    same, _ = metrics(tmp_path / "out")
+    assert same["FID-quarters"] < 1e-6 and same["pictures"] == 24
+    assert same["precision-quarters"] == same["recall-quarters"] == same["top-1"] == 1.0
+    np.testing.assert_allclose(same["alignment"], 1.0, atol=1e-6)
+    for i in range(12):  # of another size, and nothing tells what they show
+        save_png(tmp_path / "bare" / f"{i}.png", RNG.integers(0, 256, (20, 24, 3), np.uint8))
+    with pytest.raises(evaluate.UserError, match="24×20"):
+        score_folders(against(folder, tmp_path / "out2"), [str(tmp_path / "bare")])
+    score_folders(against(folder, tmp_path / "out2", resolution=16), [str(tmp_path / "bare")])
+    other, _ = metrics(tmp_path / "out2")
+    assert "top-1" not in other and other["FID-quarters"] > 0.1
+
+
+def said(*arguments):
+    result = CliRunner().invoke(main, ["evaluate", *map(str, arguments)])
+    assert result.exit_code == 2, (result.output, result.exception)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (["--bundle", "bundle", "--pictures", "real"], "not both"),
+        ([], "either --bundle, or --pictures"),
+        (["--pictures", "real", "--steps", "3"], "--steps says how a --bundle draws"),
+        (["--pictures", "none"], "There is no folder"),
+        (["--bundle", "real"], "cascade.json"),
+        (["--bundle", "bundle", "--num", "3"], "at least 10"),
+        (["--bundle", "bundle", "--real", "99"], "fewer than 99"),
+        (["--bundle", "bundle", "--steps", "2,x"], "isn't a list of ints"),
+        (["--bundle", "bundle", "--steps", "2/2"], "steps has 2 values and one stage"),
+        (["--bundle", "bundle", "--sampler", "none"], "sampler"),
+        (["--bundle", "bundle", "--resolution", "9"], "1 to 8"),
+        (["--bundle", "bundle", "--among-all"], "config's two splits"),
+        (["--bundle", "bundle", "--inception", "real/00.png"], "safetensors"),
+        (["--bundle", "bundle", "--config.seed=1"], "changes a config"),
+        (["--bundle", "bundle", "--source", "bundle"], "holds no picture"),
+        (["--bundle", "bundle", "--source", "bare"], "caption"),
+        (["--bundle", "bundle", "--source", "small"], "None of 12 records is usable"),
+        (["--bundle", "bundle", "--source", "mixed"], "1 of 13 pictures"),
+        (["--bundle", "bundle", "--out", "bundle/cascade.json"], "Can't write"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments, wanted, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("bundle", "real"):
+        (tmp_path / name).symlink_to(folder / name)
+    for i in range(12):
+        save_png(tmp_path / "bare" / f"{i}.png", np.zeros((8, 8, 3), np.uint8))
+        save_png(tmp_path / "small" / f"{i}.png", np.zeros((4, 4, 3), np.uint8))
+        (tmp_path / "small" / f"{i}.txt").write_text("a small thing\n")
+    shutil.copytree(tmp_path / "small", tmp_path / "mixed")
+    save_png(tmp_path / "mixed" / "large.png", np.zeros((9, 9, 3), np.uint8))
+    (tmp_path / "mixed" / "large.txt").write_text("a larger thing\n")
+    assert wanted in said("--source", "real", "--out", "out", *arguments)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_configs_splits():
+    """The held-out one by default, limits and ground as the config has them."""
+    spec = "configs/emoji/base64.py:smoke"
+    data = evaluate.open_data(spec, "heldout", ["--config.data.ground=#000000"])
+    assert data.ground == (0, 0, 0) and len(data.source) == data.about["records"]
+    train = evaluate.open_data(spec, "train", ["--config.data.source.records=9"])
+    assert len(train.source) == 9 and train.about != data.about
+    with pytest.raises(evaluate.UserError, match="Unknown split"):
+        evaluate.open_data(spec, "test")
+
+
+TOGETHER = """
+import sys
+from cascade.evaluation import evaluate, record
+from test_evaluate import quarters
+from cascade.cli import main
+evaluate.efficientnet_lite0 = quarters
+folder, out = sys.argv[1:]
+main(["evaluate", "--bundle", f"{folder}/bundle", "--source", f"{folder}/real", "--out", out,
+      "--num", "10", "--steps", "2", "--guidance", "1", "--batch-size", "4", "--mesh", "data=2"])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(folder, tmp_path):
+    scored(folder, tmp_path / "one", num=10)
+    command = ["-c", TOGETHER, folder, tmp_path / "two"]
+    path = {"PYTHONPATH": ":".join(str(p) for p in PATHS)}
+    places = cluster(2)
+    codes, outputs = run_processes([command] * 2, environment=lambda i: places(i) | path)
+    assert codes == [0, 0], outputs
+    assert "FID-quarters" in outputs[0].out and not outputs[1].out
+    one, two = (metrics(tmp_path / name) for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose(a["FID-quarters"], b["FID-quarters"], rtol=1e-3)
+        assert a["pictures"] == b["pictures"] and a.get("top-5") == b.get("top-5")
