@@ -23,7 +23,7 @@ SAFE_NAME = re.compile(r"(tokenizer/|text_encoder/)?[A-Za-z0-9_][A-Za-z0-9._-]{0
 
 
 def write(folder: Path, contents: Mapping[str, Any]):
-    """Writes cascade.json with its version and its own sum.
+    """Writes cascade.json with its version and its own sum, in place of one that is there.
 
     Args:
       contents: its `text` and `stages`.
@@ -31,7 +31,12 @@ def write(folder: Path, contents: Mapping[str, Any]):
     document = {"format_version": FORMAT_VERSION, "sha256": BLANK, **contents}
     raw = json.dumps(document, indent=1, allow_nan=False).encode()
     digest = hashlib.sha256(raw).hexdigest().encode()
-    write_durably(folder / "cascade.json", raw.replace(BLANK.encode(), digest, 1))
+    temporary = folder / ".cascade.json.tmp"
+    try:
+        write_durably(temporary, raw.replace(BLANK.encode(), digest, 1))
+        temporary.replace(folder / "cascade.json")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def file_entry(folder: Path, path: Path) -> dict:

@@ -240,7 +240,16 @@ class Stage:
         return guidance.thresholded(guided, threshold)
 
     def sample(
-        self, params, cond, null_cond, keys, settings, size, guidance_weight=None, aug_level=None
+        self,
+        params,
+        cond,
+        null_cond,
+        keys,
+        settings,
+        size,
+        guidance_weight=None,
+        aug_level=None,
+        levels=None,
     ):
         """Draws B pictures, float32 [B,H,W,C] in [-1,1].
 
@@ -250,7 +259,7 @@ class Stage:
           keys: [B] PRNG keys, one a picture, so that a picture doesn't depend on its batch.
           settings: what `self.settings()` returns. Static under jit.
           size: (H, W). Static under jit.
-          guidance_weight, aug_level: override the settings' own; may be traced.
+          guidance_weight, aug_level, levels: override the settings' own; may be traced.
         """
         self.check_size(size)
         aug_keys, z_keys, step_keys = (
@@ -265,7 +274,8 @@ class Stage:
         shape = (*size, self.config.channels)
         z_1 = process.picture_noise(z_keys, shape)
         sampler = registry.build("sampler", samplers.SAMPLERS, settings.sampler)
-        x = samplers.sample(sampler, denoise, z_1, self.levels(settings), step_keys)
+        levels = self.levels(settings) if levels is None else levels
+        x = samplers.sample(sampler, denoise, z_1, levels, step_keys)
         return jnp.clip(x, -1.0, 1.0)
 
     @functools.cached_property

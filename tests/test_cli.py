@@ -68,7 +68,7 @@ def test_a_sentence_has_its_own_line_where_a_bar_is_open():
 
 COMMANDS = [
     "", "demo", "data", "data build", "embed", "train", "describe", "bundle", "sample", "upscale",
-    "import", "import deepfloyd", "export", "plan",
+    "evaluate", "import", "import deepfloyd", "export", "plan", "tune-steps",
 ]  # fmt: skip
 
 
