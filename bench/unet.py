@@ -70,6 +70,7 @@ def fixed_network(dtype: str) -> UNet:
         pool_projected=True,
         noise_embedding="logsnr",
         embed_aug=True,
+        embed_guidance=False,
         embedding_channels=0,
         embedding_activations=("silu",),
         norm_groups=32,

@@ -111,9 +111,10 @@ def draw(
 def _draw(trained, index, cond, null, lowres, keys, settings, size) -> jax.Array:
     """One batch of one stage, uint8."""
     stage, params, _ = trained
-    # What is traced is no part of the program's key. A weight of 1 is: it takes half the work.
+    # What is traced is no part of the program's key. A weight of 1 is: it takes half the work,
+    # but for a student that takes any weight so.
     traced = {"aug_level": "aug_level"}
-    if settings.guidance != 1.0:
+    if settings.guidance != 1.0 or stage.embeds_guidance:
         traced["guidance"] = "guidance_weight"
     program = FrozenConfigDict({k: v for k, v in settings.items() if k not in traced})
     values = {name: float(settings[key]) for key, name in traced.items()}

@@ -22,7 +22,7 @@ from cascade import manifest
 from cascade.config import from_json, to_json
 from cascade.errors import UserError
 from cascade.files import whole_folder
-from cascade.parallel.rules import shardings
+from cascade.parallel.rules import Rules, shardings
 from cascade.registry import build
 from cascade.shards import DTYPES, check_shapes, named, read_shards, write_shards
 from cascade.stage import Stage
@@ -68,6 +68,8 @@ def check_fit(stages: Sequence[TrainedStage], text_encoder: TextEncoder):
 def check_chain(stages: Sequence[TrainedStage]):
     """Checks that stages make a cascade: each trained, and each fed what it was trained on.
 
+    One that begins with a super-resolution stage enlarges what users give it.
+
     Raises:
       UserError: no stage, an untrained one, or one whose resolution, channels or text don't fit.
     """
@@ -80,11 +82,11 @@ def check_chain(stages: Sequence[TrainedStage]):
                 f"Stage {i} ({config.resolution}×{config.resolution}) is untrained and would draw "
                 "static; train it first with `cascade train`."
             )
-        wanted = 0 if i == 0 else stages[i - 1].stage.config.resolution
-        if config.lowres_resolution != wanted:
+        wanted = stages[i - 1].stage.config.resolution
+        if i > 0 and config.lowres_resolution != wanted:
             raise UserError(
                 f"Stage {i} has lowres_resolution {config.lowres_resolution} where {wanted} is "
-                "needed (the resolution before it, 0 for stage 0); give the stages base first."
+                "needed (the resolution before it); give the stages base first."
             )
         if config.channels != stages[0].stage.config.channels:
             raise UserError(
@@ -217,8 +219,14 @@ def load_bundle(
     return Bundle(stages, text["section"], text_encoder)
 
 
-def load_stages(folder: str | os.PathLike) -> tuple[tuple[TrainedStage, ...], dict[str, Any]]:
+def load_stages(
+    folder: str | os.PathLike, mesh: Mesh | None = None, rules: Rules = ()
+) -> tuple[tuple[TrainedStage, ...], dict[str, Any]]:
     """As `load_bundle`, but the text encoder isn't built, and its weights aren't looked at.
+
+    Args:
+      mesh: as there.
+      rules: by which weights are laid over it.
 
     Returns:
       The stages, and what cascade.json says of the text encoder: `section`, `fingerprint`, ….
@@ -228,7 +236,7 @@ def load_stages(folder: str | os.PathLike) -> tuple[tuple[TrainedStage, ...], di
     """
     folder = Path(folder)
     contents = _contents(folder)
-    stages = _load_stages(folder, contents)
+    stages = _load_stages(folder, contents, mesh, rules)
     check_chain(stages)
     return stages, contents["text"]
 
@@ -244,9 +252,10 @@ def _contents(folder: Path) -> dict[str, Any]:
 
 
 def _load_stages(
-    folder: Path, contents: Mapping[str, Any], mesh: Mesh | None = None
+    folder: Path, contents: Mapping[str, Any], mesh: Mesh | None, rules: Rules = ()
 ) -> tuple[TrainedStage, ...]:
-    return tuple(_load_stage(folder, i, entry, mesh) for i, entry in enumerate(contents["stages"]))
+    entries = enumerate(contents["stages"])
+    return tuple(_load_stage(folder, i, entry, mesh, rules) for i, entry in entries)
 
 
 def _build_encoder(
@@ -275,7 +284,9 @@ def _build_encoder(
     return build("text encoder", ENCODERS, section)
 
 
-def _load_stage(folder: Path, index: int, entry: Any, mesh: Mesh | None) -> TrainedStage:
+def _load_stage(
+    folder: Path, index: int, entry: Any, mesh: Mesh | None, rules: Rules
+) -> TrainedStage:
     """Reads one stage: its config makes the network, and the network says what to expect."""
     where = f"stage {index}"
     types = {"dtype": str, "files": list, "config": dict}
@@ -292,7 +303,7 @@ def _load_stage(folder: Path, index: int, entry: Any, mesh: Mesh | None) -> Trai
             "write the bundle again with `cascade bundle`."
         ) from error
     files = (manifest.read_file(folder, f"{where}, file", file) for file in entry["files"])
-    placed = None if mesh is None else shardings(template, mesh)
+    placed = None if mesh is None else shardings(template, mesh, rules)
     params = read_shards(where, files, entry["dtype"], template, placed)
     return TrainedStage(stage, params, entry["trained_steps"])
 

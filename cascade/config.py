@@ -21,6 +21,7 @@ from cascade.diffusion.spacings import check_levels
 from cascade.errors import UserError
 from cascade.parallel.mesh import AXES
 from cascade.schema import (
+    DISTILL,
     RANGES,
     SAMPLING,
     SAMPLING_RANGES,
@@ -29,6 +30,7 @@ from cascade.schema import (
     STAGE_RANGES,
     Part,
 )
+from cascade.students import check_drawing
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -71,6 +73,27 @@ def load_stages(spec: str, overrides: Sequence[str] = ()) -> dict[str | None, Co
         except UserError as error:
             raise UserError(f"Stage {name!r}: {error}") from error
     configs = dict(sorted(config.items(), key=lambda item: item[1].stage.resolution))
+    _check_chain(configs)
+    return configs
+
+
+def load_cascade(specs: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, ConfigDict]:
+    """A cascade's experiments by name, base first, of one config file or of one for each stage.
+
+    Args:
+      specs: one of a cascade, or several of an experiment each, named stage0, stage1, ….
+      overrides: each applies to every one of several configs.
+
+    Raises:
+      UserError: as `load` and `load_stages`, or the one config is no cascade's.
+    """
+    if len(specs) == 1:
+        configs = load_stages(specs[0], overrides)
+        if None in configs:
+            raise UserError(f"Config {specs[0]} is of one stage; give one for each of a cascade's.")
+        return configs
+    loaded = sorted((load(spec, overrides) for spec in specs), key=lambda c: c.stage.resolution)
+    configs = {f"stage{i}": config for i, config in enumerate(loaded)}
     _check_chain(configs)
     return configs
 
@@ -187,7 +210,8 @@ def check(config: ConfigDict):
       UserError: naming the first key that is missing, foreign, of the wrong type, or at odds
         with another.
     """
-    _check_tree("config", config, SCHEMA)
+    distills = {"distill": DISTILL} if "distill" in config else {}
+    _check_tree("config", config, {**SCHEMA, **distills})
     _check_ranges("config", config, RANGES)
     check_stage(config.stage)
     train, data, rate = config.train, config.data, config.train.learning_rate
@@ -226,6 +250,7 @@ def check_stage(stage: Mapping):
     _check_tree("config.stage", stage, STAGE)
     _check_ranges("config.stage", stage, STAGE_RANGES)
     check_sampling(stage["sampling"], "config.stage.sampling")
+    check_drawing(stage, stage["sampling"])
     if stage["output"] not in ("x", "eps", "v"):
         raise UserError(f"config.stage.output is {stage['output']!r}; give 'x', 'eps' or 'v'.")
     if stage["lowres_upsampling"] not in ("after_noise", "before_noise"):
@@ -292,7 +317,8 @@ def from_json(tree) -> ConfigDict:
     """The inverse of `to_json`: lists become tuples again.
 
     What runs and bundles wrote before `remat` had policies, True or False, is read as the policy
-    that it meant, and an interval of guidance from before there were other schedules as its.
+    that it meant, and an interval of guidance from before there were other schedules as its. What
+    was trained before there were students is none.
     """
 
     def restore(value):
@@ -305,6 +331,10 @@ def from_json(tree) -> ConfigDict:
                 limits = dict(zip(("low", "high"), interval, strict=False))
                 schedule = {"name": "interval" if limits else "constant", **limits}
                 restored |= {"guidance_schedule": schedule, "searched": ()}
+            if "embed_aug" in restored:
+                restored.setdefault("embed_guidance", False)
+            if "text_drop" in restored:
+                restored.setdefault("distilled", {"steps": 0, "guidance": ()})
             return restored
         return tuple(restore(item) for item in value) if isinstance(value, list) else value
 

@@ -25,6 +25,7 @@ from cascade.parallel.mesh import all_devices, on_all_processes, put
 from cascade.parallel.rules import shardings
 from cascade.request import request
 from cascade.stage import Stage
+from cascade.students import check_negative_prompt
 
 
 def load(
@@ -218,6 +219,12 @@ class Cascade:
           UserError: as `__call__`; for arguments at once, for diverged stages while iterating.
         """
         prompts = checked_prompts(prompt)
+        check_negative_prompt(self.stages, negative_prompt)
+        if not self.stages[0].is_base:
+            raise UserError(
+                "This bundle has no base stage, so it draws nothing from text alone; enlarge a "
+                "picture with it (cascade upscale --stage 0), or bundle it after a base stage."
+            )
         count = len(prompts) * whole("num_images", num_images, 1, 2**32 // len(prompts))
         sizes, settings = stage_sizes(self.stages, size), self.settings(**changes)
         how = seed, negative_prompt, first_index, batch_size
@@ -306,12 +313,14 @@ class Cascade:
         Raises:
           UserError: as `upscale`; for arguments at once, for a diverged stage while iterating.
         """
-        if not 1 <= whole("stage", stage, 0) < len(self.stages):
+        first = int(self.stages[0].is_base)
+        if not first <= whole("stage", stage, 0) < len(self.stages):
             raise UserError(
-                f"Stage {stage} can't enlarge: this cascade has {len(self.stages) - 1} "
-                f"super-resolution stages, numbered from 1; choose one of those."
+                f"Stage {stage} can't enlarge: this cascade has {len(self.stages) - first} "
+                f"super-resolution stages, numbered from {first}; choose one of those."
             )
         prompts = checked_prompts(prompt)
+        check_negative_prompt([self.stages[stage]], negative_prompt)
         (settings,) = self.settings(**changes, stage=stage)
         config, divisor = self.stages[stage].config, self.stages[stage].network.divisor
         lowres, size = as_lowres(images, config.lowres_resolution, config.resolution, divisor)

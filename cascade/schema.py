@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from cascade.data.refine import ENCODINGS
 from cascade.data.sources import SOURCES
+from cascade.diffusion.distillation import OBJECTIVES
 from cascade.diffusion.guidance import GUIDANCE_SCHEDULES, THRESHOLDS
 from cascade.diffusion.losses import WEIGHTINGS
 from cascade.diffusion.samplers import SAMPLERS
@@ -51,6 +52,7 @@ STAGE = {
     "learned_variance": bool,
     "weighting": Part("weighting", WEIGHTINGS),
     "text_drop": float,
+    "distilled": {"steps": int, "guidance": tuple},  # see `cascade.students`
     "lowres_upsampling": str,
     "aug_schedule": Part("schedule", SCHEDULES),
     "sampling": SAMPLING,
@@ -91,6 +93,17 @@ SCHEMA = {
     },
     "mesh": {"data": int, "fsdp": int, "tensor": int},
     "sharding_rules": tuple,  # ((path pattern, spec), ...) ahead of the default FSDP rule
+}
+
+# A further section, `distill`, of configs for `cascade distill`; see docs/distillation.md.
+DISTILL = {
+    "teacher": str,
+    "start_steps": int,
+    "end_steps": int,
+    "updates_last": int,  # of the students of 2 steps and of 1; the others' are train.steps
+    "guidance": tuple,  # (lowest, highest) weight; (): none is distilled
+    "threshold": Part("threshold", THRESHOLDS),  # of the guided teacher
+    "objective": Part("objective", OBJECTIVES),
 }
 
 
@@ -171,6 +184,7 @@ STAGE_RANGES = {
         "dropout": FRACTION,
     },
     "text_drop": between(0, 1),
+    "distilled": {"steps": at_least(0)},
     "sampling": SAMPLING_RANGES,
 }
 
@@ -212,6 +226,11 @@ RANGES = {
         "eval_batches": at_least(0),
         "sample_count": at_least(1),
         "keep_last": at_least(1),
+    },
+    "distill": {
+        "start_steps": at_least(1),
+        "end_steps": at_least(1),
+        "updates_last": at_least(1),
     },
 }
 

@@ -21,7 +21,10 @@ from cascade.diffusion.spacings import SPACINGS
 from cascade.errors import UserError
 from cascade.networks import NETWORKS, cost
 from cascade.parallel.layout import Layout
+from cascade.students import check_drawing
 
+# Conditions that follow from the sampling settings: whoever draws gives the others.
+FOLLOWING = ("aug_logsnr", "guidance_weight")
 BUCKET_EDGES = (-12.0, -8.0, -4.0, 0.0, 4.0, 8.0, 12.0)  # logsnr; 8 buckets
 
 
@@ -33,6 +36,7 @@ class Stage:
       network: a Linen module, `predict(z_t, logsnr, cond)`.
       null_cond: what no text is: `text_emb` [L,D] and `text_mask` [L].
       is_base: True where it draws from text alone, False where it enlarges `lowres`.
+      embeds_guidance: guidance was distilled into it: the weight is one more condition.
     """
 
     def __init__(self, config, null_text=None, layout: Layout | None = None):
@@ -50,6 +54,7 @@ class Stage:
         configs.check_stage(config)
         self.config = config
         self.is_base = config.lowres_resolution == 0
+        self.embeds_guidance = bool(config.distilled.guidance)
         outputs = config.channels * (2 if config.learned_variance else 1)
         self.network = registry.build(
             "network",
@@ -123,6 +128,8 @@ class Stage:
                 width * c.lowres_resolution // c.resolution,
             )
             cond |= {"lowres": array((batch, *low, c.channels)), "aug_logsnr": array((batch,))}
+        if self.embeds_guidance:
+            cond["guidance_weight"] = array((batch,))
         return array((batch, height, width, c.channels)), array((batch,)), cond
 
     def init(self, key):
@@ -137,7 +144,7 @@ class Stage:
         return round(sum(row.flops for row in cost.describe(network, *self.shapes(1))))
 
     def loss(self, params, batch, key, train: bool = True):
-        """The weighted denoising loss of a batch, a scalar, and its metrics.
+        """The weighted denoising loss of a batch, and its metrics.
 
         Args:
           batch: `image` [B,H,W,C] in [-1,1], `text_emb` [B,L,D], `text_mask` [B,L], and for a
@@ -146,7 +153,7 @@ class Stage:
           train: False switches network dropout and text dropping off.
 
         Returns:
-          (loss, {"loss": (), "bucket_sum": [K], "bucket_count": [K]}): sums by logsnr bucket.
+          As `tally`.
         """
         x = batch["image"]
         time_key, noise_key, text_key, aug_key, dropout_key = jax.random.split(key, 5)
@@ -155,22 +162,45 @@ class Stage:
         eps = jax.random.normal(noise_key, x.shape)
         z_t = process.diffuse(x, eps, logsnr)
 
+        cond = self.conditions(batch, text_key, aug_key, train)
+        output = self.network.apply(
+            {"params": params}, z_t, logsnr, cond, not train, rngs={"dropout": dropout_key}
+        )
+        prediction = process.predictions(output, z_t, logsnr, self.config.output)
+        each = losses.denoising_loss(prediction, x, eps, t, self.schedule, self.weighting)
+        return self.tally(each, logsnr, batch)
+
+    def conditions(self, batch, text_key, aug_key, train: bool) -> dict:
+        """A batch's conditions as the network learns from them.
+
+        Args:
+          batch, train: as in `loss`.
+          text_key: which texts are dropped follows from it.
+          aug_key: how noisy `lowres` becomes, and its noise.
+        """
         cond = {"text_emb": batch["text_emb"], "text_mask": batch["text_mask"]}
         if train:
             cond["text_emb"], cond["text_mask"] = conditioning.drop_text(
                 text_key, *cond.values(), self.config.text_drop, *self.null_cond.values()
             )
         if not self.is_base:
-            cond |= self._augmented(aug_key, batch["lowres"], x.shape[1:3])
-        output = self.network.apply(
-            {"params": params}, z_t, logsnr, cond, not train, rngs={"dropout": dropout_key}
-        )
-        prediction = process.predictions(output, z_t, logsnr, self.config.output)
-        each = losses.denoising_loss(prediction, x, eps, t, self.schedule, self.weighting)
+            cond |= self._augmented(aug_key, batch["lowres"], batch["image"].shape[1:3])
+        return cond
+
+    def tally(self, each, logsnr, batch) -> tuple[jax.Array, dict]:
+        """The mean of a batch's losses, and its metrics.
+
+        Args:
+          each, logsnr: [B], every example's loss and level.
+          batch: says by `valid` [B], where it has it, which count.
+
+        Returns:
+          (loss, {"loss": (), "bucket_sum": [K], "bucket_count": [K]}): sums by logsnr bucket.
+        """
         member = jax.nn.one_hot(
             jnp.searchsorted(jnp.array(BUCKET_EDGES), logsnr), len(BUCKET_EDGES) + 1
         )
-        valid = batch["valid"].astype(jnp.float32) if "valid" in batch else jnp.ones(x.shape[0])
+        valid = batch["valid"].astype(jnp.float32) if "valid" in batch else jnp.ones(len(each))
         member *= valid[:, None]
         loss = (each @ valid) / jnp.maximum(valid.sum(), 1.0)
         metrics = {"loss": loss, "bucket_sum": each @ member, "bucket_count": member.sum(0)}
@@ -190,10 +220,12 @@ class Stage:
         unless `changes` name another.
 
         Raises:
-          UserError: an unknown key, a value outside its range, or tiles that it can't draw.
+          UserError: an unknown key, a value outside its range, tiles that it can't draw, or what a
+            student wasn't taught.
         """
         merged = {**self.config.sampling.to_dict(), **changes}
         configs.check_sampling(merged)
+        check_drawing(self.config, merged)
         self._check_tiles(merged)
         for sampler, levels in merged["searched"]:
             fits = (sampler, len(levels) - 1) == (merged["sampler"]["name"], merged["steps"])
@@ -265,11 +297,15 @@ class Stage:
         aug_keys, z_keys, step_keys = (
             jax.vmap(jax.random.fold_in, (0, None))(keys, purpose) for purpose in range(3)
         )
+        more = {}
         if not self.is_base:
             level = settings.aug_level if aug_level is None else aug_level
-            low = self._augmented(aug_keys, cond["lowres"], size, level)
-            cond, null_cond = {**cond, **low}, {**null_cond, **low}
+            more = self._augmented(aug_keys, cond["lowres"], size, level)
         weight = settings.guidance if guidance_weight is None else guidance_weight
+        if self.embeds_guidance:  # one evaluation, of a network that is told the weight
+            more["guidance_weight"] = jnp.broadcast_to(jnp.asarray(weight, jnp.float32), keys.shape)
+            weight = 1.0
+        cond, null_cond = {**cond, **more}, {**null_cond, **more}
         denoise = self.denoiser(params, cond, null_cond, settings, weight)
         shape = (*size, self.config.channels)
         z_1 = process.picture_noise(z_keys, shape)

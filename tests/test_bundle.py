@@ -307,7 +307,6 @@ def test_another_text_encoder_is_refused(folder):
     [
         (lambda s: [], "at least one"),
         (lambda s: s[::-1], "lowres_resolution"),
-        (lambda s: s[1:], "lowres_resolution"),
         (lambda s: [s[0], s[1]._replace(trained_steps=0)], "untrained"),
         (lambda s: [s[0], trained(stage_config(16, 4))], "lowres_resolution"),
         (lambda s: [s[0], trained(stage_config(16, 8, text_length=5))], "5 tokens"),

@@ -323,11 +323,20 @@ def test_stages_that_do_not_fit_or_were_not_trained(stages):
     base, doubling = stages
     for stages, message in [
         ([base._replace(trained_steps=0), doubling], "untrained"),
-        ([doubling], "lowres_resolution"),
+        ([doubling, base], "lowres_resolution"),
         ([], "at least one"),
     ]:
         with pytest.raises(UserError, match=message):
             Cascade(stages, TEXT, WordEncoder())
+
+
+def test_a_stage_alone_that_enlarges_does_just_that(pipe, stages):
+    alone = Cascade(stages[1:], TEXT, WordEncoder())
+    picture = np.zeros((8, 8, 3), np.uint8)
+    enlarged = alone.upscale(picture, "moon", stage=0, steps=1, progress=False)
+    assert enlarged.shape == (1, 16, 16, 3)
+    with pytest.raises(UserError, match="no base stage.*cascade upscale --stage 0"):
+        alone("moon", progress=False)
 
 
 def test_a_diverged_stage_is_not_drawn_as_static(stages):

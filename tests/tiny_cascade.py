@@ -85,6 +85,7 @@ def stage_config(resolution: int, lowres: int, **changes) -> ConfigDict:
             "pool_projected": True,
             "noise_embedding": "logsnr",
             "embed_aug": True,
+            "embed_guidance": False,
             "embedding_channels": 0,
             "embedding_activations": ("silu",),
             "norm_groups": 4,
@@ -99,6 +100,7 @@ def stage_config(resolution: int, lowres: int, **changes) -> ConfigDict:
         "learned_variance": False,
         "weighting": {"name": "v"},
         "text_drop": 0.1,
+        "distilled": {"steps": 0, "guidance": ()},
         "lowres_upsampling": "after_noise",
         "aug_schedule": cosine,
         "sampling": {

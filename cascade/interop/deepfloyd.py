@@ -161,6 +161,7 @@ def stage_section(
             "output": drawn["output"],
             "weighting": {"name": "eps"},
             "text_drop": 0.1,
+            "distilled": {"steps": 0, "guidance": ()},
             "lowres_upsampling": "before_noise",
             "aug_schedule": aug or drawn["schedule"],
             "sampling": {

@@ -86,7 +86,7 @@ def export_diffusers(
     descriptions = [_described(i, trained) for i, trained in enumerate(bundle.stages)]
     with whole_folder(out, **place) as new:
         for i, trained in enumerate(tqdm(bundle.stages, unit="stage", desc="exporting")):
-            _write_pipeline(new / f"stage{i}", descriptions[i], later=i > 0)
+            _write_pipeline(new / f"stage{i}", descriptions[i], later=not trained.stage.is_base)
             _write_unet(new / f"stage{i}" / "unet", trained, dtype)
             if i == 0:
                 _write_text(new / "stage0", bundle.text_encoder)

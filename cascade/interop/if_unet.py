@@ -131,6 +131,7 @@ def read(where: str, description: Mapping[str, Any], super_resolution: bool) -> 
             "pool_heads": _pool_heads(d),
             "pool_projected": False,
             "embed_aug": d.one_of("class_embed_type", aug),
+            "embed_guidance": False,
             "embedding_channels": 0 if time_dim is None else d.number("time_embedding_dim", int, 1),
             "embedding_activations": _embedding_activations(d),
             "norm_groups": d.number("norm_num_groups", int, 1),

@@ -35,7 +35,7 @@ from cascade.files import check_place, whole_folder
 from cascade.interop.weights import describe_stage, describe_text, write_manifest, write_stage
 from cascade.manifest import file_entry
 from cascade.shards import named, write_durably
-from cascade.stage import Stage
+from cascade.stage import FOLLOWING, Stage
 from cascade.text.interface import TextEncoder
 
 MANIFEST = "stablehlo.json"
@@ -206,6 +206,7 @@ def _denoise_program(stage: Stage, size: tuple[int, int], nested: Callable) -> P
         "logsnr": "log(alpha² / sigma²) of each, with alpha² = sigmoid(logsnr) = 1 - sigma²",
         "cond/lowres": "the pictures to enlarge, noised to aug_logsnr",
         "cond/aug_logsnr": "logsnr of the noise on lowres",
+        "cond/guidance_weight": "w, of which x_hat is the guided estimate",
         "x_hat": "the network's estimate of x, neither guided nor thresholded",
         "fraction": "learned variance of a step t -> s: where its logarithm lies from 0, that "
         "of (1 - r) sigma_s² to that of (1 - r) sigma_t², r = exp(logsnr_t - logsnr_s)",
@@ -219,7 +220,7 @@ def _sample_program(
     """All of `Stage.sample`: augmentation, guidance, thresholding and every step."""
     batch = _batch()
     _, _, cond = stage.shapes(batch, size)
-    cond.pop("aug_logsnr", None)  # follows from aug_level
+    cond = {key: array for key, array in cond.items() if key not in FOLLOWING}
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     arguments = {
         "cond": cond,
@@ -243,7 +244,8 @@ def _sample_program(
         "null_cond/text_emb": "states of what guidance leads away from: null_emb, or other text",
         "null_cond/text_mask": "likewise: null_mask, or other text's",
         "keys": f"a {KEY_IMPLEMENTATION} key for each picture: any two numbers",
-        "guidance_weight": "w of w eps(cond) + (1 - w) eps(null_cond)",
+        "guidance_weight": "w of w eps(cond) + (1 - w) eps(null_cond), null_cond unused where w was"
+        " distilled into the network",
         "aug_level": "how much noise is put on lowres, 0 … 1",
         "x": "pictures in [-1, 1], as rows, columns, channels",
     }

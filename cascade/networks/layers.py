@@ -154,6 +154,14 @@ class GroupNorm(nn.Module):
         return y.astype(self.dtype)
 
 
+def waves(value: jax.Array, features: int) -> jax.Array:
+    """Sines and cosines of numbers [B], [B, features], of wavelengths from 80 down to 1."""
+    half = features // 2
+    frequencies = 2 * math.pi / jnp.geomspace(80.0, 1.0, half, dtype=jnp.float32)
+    angles = value.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+
+
 class NoiseEmbedding(nn.Module):
     """Embeds noise levels [B] -> [B, channels]: sinusoids, then a two-layer perceptron, in float32.
 
@@ -174,17 +182,33 @@ class NoiseEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, logsnr: jax.Array) -> jax.Array:
-        logsnr, half = logsnr.astype(jnp.float32)[:, None], self.features // 2
         if self.scale == "logsnr":
-            angles = logsnr * (2 * math.pi / jnp.geomspace(80.0, 1.0, half, dtype=jnp.float32))
-            x = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+            x = waves(logsnr, self.features)
         else:
+            logsnr, half = logsnr.astype(jnp.float32)[:, None], self.features // 2
             table = timestep_logsnrs(self.scale, TIMESTEPS)[::-1]
             i = jnp.interp(logsnr, table, jnp.arange(TIMESTEPS - 1.0, -1.0, -1.0))
             angles = i * jnp.exp(-math.log(10_000) * jnp.arange(half) / half)
             x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
         x = nn.Dense(self.channels, name="dense_in")(x)
         return nn.Dense(self.channels, name="dense_out")(ACTIVATIONS[self.activation](x))
+
+
+class GuidanceEmbedding(nn.Module):
+    """Embeds guidance weights [B] -> [B, channels]: sinusoids, then a dense layer, in float32.
+
+    The layer starts at zero: a student that is told the weight begins as the teacher, which isn't
+    (Meng et al. 2023, §3.1). Weights from 0 to 80 all look different, as `waves` has it.
+    """
+
+    features: int
+    channels: int
+
+    @nn.compact
+    def __call__(self, weight: jax.Array) -> jax.Array:
+        zero = nn.initializers.zeros
+        dense = nn.Dense(self.channels, use_bias=False, kernel_init=zero, name="dense")
+        return dense(waves(weight, self.features))
 
 
 class ResidualBlock(nn.Module):

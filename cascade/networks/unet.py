@@ -2,7 +2,8 @@
 
 Parameter paths, which sharding rules and importers rely on (i counts levels from the finest):
 
-    conv_in   logsnr_embedding  aug_embedding  text_in  text_pool   norm_out  conv_out
+    conv_in   logsnr_embedding  aug_embedding  guidance_embedding  text_in  text_pool
+    norm_out  conv_out
     down_<i>/resample           from level i − 1, where strides[i] > 1
     down_<i>/block_<j>/{residual,attention}
     middle/block_<j>/{residual,attention}
@@ -22,7 +23,14 @@ from flax import linen as nn
 from cascade.diffusion.schedules import BETAS
 from cascade.errors import UserError
 from cascade.networks.attention import TEXT_GROUPS, TextPool
-from cascade.networks.layers import ACTIVATIONS, GroupNorm, NoiseEmbedding, Style, conv3x3
+from cascade.networks.layers import (
+    ACTIVATIONS,
+    GroupNorm,
+    GuidanceEmbedding,
+    NoiseEmbedding,
+    Style,
+    conv3x3,
+)
 from cascade.networks.levels import REMAT, Level
 from cascade.parallel.layout import Layout
 
@@ -69,6 +77,8 @@ class UNet(nn.Module):
       noise_embedding: what is embedded of z_t's noise level, and of lowres': "logsnr", or its
         timestep in a thousand-step DDPM schedule with the betas "squaredcos_cap_v2" or "linear".
       embed_aug: super-resolution networks know the noise level of `lowres`.
+      embed_guidance: it knows the guidance weight that it draws with, `cond["guidance_weight"]`, as
+        students of guided distillation do; at first that changes nothing.
       embedding_channels: width of the embedding; 0 is 4 times the finest level's width.
       embedding_activations: what the summed embedding passes, in order, on its way to the blocks.
       norm_groups: groups of every group norm.
@@ -105,6 +115,7 @@ class UNet(nn.Module):
     pool_projected: bool
     noise_embedding: str
     embed_aug: bool
+    embed_guidance: bool
     embedding_channels: int
     embedding_activations: tuple[str, ...]
     norm_groups: int
@@ -145,7 +156,7 @@ class UNet(nn.Module):
 
         Args:
           cond: text_emb [B, L, D], text_mask [B, L] bool, and for super-resolution lowres
-            [B, h, w, 3] in [-1, 1] and aug_logsnr [B].
+            [B, h, w, 3] in [-1, 1] and aug_logsnr [B]; guidance_weight [B] where it is embedded.
           deterministic: no dropout.
 
         Raises:
@@ -221,6 +232,10 @@ class UNet(nn.Module):
         emb = embed("logsnr_embedding", logsnr)
         if self.super_resolution and self.embed_aug:
             emb += embed("aug_embedding", cond["aug_logsnr"])
+        if self.embed_guidance:
+            embedding = style.gathering(GuidanceEmbedding, "guidance_embedding", dtype=jnp.float32)
+            weight = cond["guidance_weight"]
+            emb += embedding(self._width, width, name="guidance_embedding")(weight)
         if self.pool_heads:
             pool = style.gathering(TextPool, "text_pool", dtype=jnp.float32)
             emb += pool(width, self.pool_heads, name="text_pool")(text)
@@ -307,6 +322,7 @@ class UNet(nn.Module):
                 f"and width to be multiples of {self.divisor}; choose such a size."
             )
         more = ("lowres", "aug_logsnr") if self.super_resolution else ()
+        more += ("guidance_weight",) if self.embed_guidance else ()
         for key in ("text_emb", "text_mask", *more):
             if key not in cond:
                 raise UserError(f"The condition {key!r} is missing; this network needs it.")

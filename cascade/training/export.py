@@ -3,7 +3,7 @@
 import functools
 import json
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -63,11 +63,35 @@ def read_run(workdir) -> Run:
     return Run(config, trained, meta["text_fingerprint"])
 
 
+class Trained(NamedTuple):
+    """Trained stages, wherever they come from, and what read their captions."""
+
+    stages: tuple[bundle.TrainedStage, ...]
+    text: dict[str, Any]  # the encoder's section
+    text_fingerprint: str  # "" where nothing says it
+
+
+def read_trained(folder) -> Trained:
+    """What a run or a bundle holds, in this host's memory.
+
+    Raises:
+      UserError: the folder is neither, or as `read_run` and `cascade.bundle.load_stages`.
+    """
+    folder = pathlib.Path(folder)
+    if not (folder / bundle.PLACE["mark"]).is_file():
+        run = read_run(folder)
+        return Trained((run.stage,), configs.to_json(run.config.text), run.text_fingerprint)
+    stages, text = bundle.load_stages(folder)
+    carried = (folder / bundle.WEIGHTS).resolve()
+    weights = {"weights": str(carried)} if carried.is_dir() else {}
+    return Trained(stages, {**text["section"], **weights}, text["fingerprint"])
+
+
 def bundle_runs(workdirs, folder, *, overwrite: bool = False, **how):
     """Puts the EMA weights of several runs, base first, together into one bundle.
 
     Args:
-      workdirs: the runs' folders.
+      workdirs: the runs' folders, or bundles', whose stages are taken as they are.
       folder: the bundle's.
       overwrite: replace a bundle that is there.
       **how: dtype, text_weights, as in `cascade.bundle.save_bundle`.
@@ -76,8 +100,8 @@ def bundle_runs(workdirs, folder, *, overwrite: bool = False, **how):
       UserError: a run is missing or untrained, or the stages don't fit one another.
     """
     check_place(folder, **bundle.PLACE, overwrite=overwrite)
-    runs = [read_run(workdir) for workdir in workdirs]
-    texts = [configs.to_json(run.config.text) for run in runs]
+    runs = [read_trained(workdir) for workdir in workdirs]
+    texts = [run.text for run in runs]
     for workdir, text in zip(workdirs, texts, strict=True):
         if portable_text(text) != portable_text(texts[0]):
             raise UserError(
@@ -89,8 +113,8 @@ def bundle_runs(workdirs, folder, *, overwrite: bool = False, **how):
         if run.text_fingerprint not in ("", encoder.fingerprint):
             raise UserError(
                 f"{workdir} was trained with other text encoder weights (fingerprint "
-                f"{run.text_fingerprint[:8]}) than {workdirs[0]}/config.json names now "
+                f"{run.text_fingerprint[:8]}) than {workdirs[0]} names now "
                 f"({encoder.fingerprint[:8]}); put the weights of its training there."
             )
-    trained = [run.stage for run in runs]
+    trained = [stage for run in runs for stage in run.stages]
     bundle.save_bundle(folder, trained, texts[0], encoder, overwrite=overwrite, **how)

@@ -187,6 +187,7 @@ def write_config(config, workdir):
     if jax.process_index() == 0:
         folder = pathlib.Path(workdir)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "config.json", json.dumps(configs.to_json(config), indent=2))
             (folder / FINISHED).unlink(missing_ok=True)
         except OSError as error:

@@ -1,5 +1,7 @@
 """Whether what a folder holds is the run that a config describes, so that it may go on."""
 
+from collections.abc import Sequence
+
 from cascade import config as configs
 from cascade.errors import UserError
 from cascade.parallel import processes
@@ -16,6 +18,18 @@ FIXED = (
     "train.clip_norm",
     "train.ema_decay",
 )
+# Likewise of a distillation, of which a student's updates are part too.
+FIXED_DISTILLING = (
+    *FIXED,
+    "train.steps",
+    "train.learning_rate",
+    "distill.teacher",
+    "distill.start_steps",
+    "distill.updates_last",
+    "distill.guidance",
+    "distill.threshold",
+    "distill.objective",
+)
 # What may: where the same data lies on this machine, and what a step recomputes.
 PLACES = ("data_dir", "path", "files")
 COMPUTED = ("remat",)
@@ -29,24 +43,36 @@ def check_same_run(config, text_fingerprint: str, saved: dict, step: int):
       saved: the checkpoint's meta.
       step: its number.
     """
-    configured = (configs.to_json(config), saved["config"])
-    now, then = (_without(COMPUTED, without_places(each)) for each in configured)
-    for path in FIXED:
-        ours, theirs = now, then
-        for key in path.split("."):
-            ours, theirs = ours.get(key), theirs.get(key)
-        if ours != theirs:
-            where, ours, theirs = processes.first_difference(f"config.{path}", ours, theirs)
-            raise UserError(
-                f"This working folder holds step {step} of another run: {where} is {ours!r} now "
-                f"and was {theirs!r}; use another --workdir."
-            )
+    check_same(config, saved["config"], f"step {step} of another run")
     if saved["text_fingerprint"] not in ("", text_fingerprint):
         raise UserError(
             f"This working folder holds step {step} of a run with another text encoder: its "
             f"fingerprint is {text_fingerprint[:8]} now and was {saved['text_fingerprint'][:8]}; "
             "give the weights that it began with, or another --workdir."
         )
+
+
+def check_same(config, saved: dict, other: str, fixed: Sequence[str] = FIXED):
+    """Raises a UserError where two configs differ in what mustn't change.
+
+    Args:
+      config: the one of now.
+      saved: the one before, as JSON; an earlier version may have written it.
+      other: what the folder holds if they do, for the message.
+      fixed: what mustn't, as paths of keys.
+    """
+    configured = (config, configs.from_json(saved))
+    now, then = (_without(COMPUTED, without_places(configs.to_json(each))) for each in configured)
+    for path in fixed:
+        ours, theirs = now, then
+        for key in path.split("."):
+            ours, theirs = ((each or {}).get(key) for each in (ours, theirs))
+        if ours != theirs:
+            where, ours, theirs = processes.first_difference(f"config.{path}", ours, theirs)
+            raise UserError(
+                f"This working folder holds {other}: {where} is {ours!r} now and was {theirs!r}; "
+                "use another --workdir."
+            )
 
 
 def portable_text(section: dict) -> dict:

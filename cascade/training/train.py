@@ -7,6 +7,7 @@ import jax
 from cascade import config as configs
 from cascade.data.loader import make_loader, make_source
 from cascade.data.sources import captions_of
+from cascade.errors import UserError
 from cascade.parallel import mesh as meshes
 from cascade.parallel import processes
 from cascade.stage import Stage
@@ -31,6 +32,11 @@ def train(config, workdir, *, progress: bool = True):
         a checkpoint couldn't be written, or processes disagree about the config.
       Stopped: SIGTERM came, and the state was saved.
     """
+    if "distill" in config:
+        raise UserError(
+            "This config has a `distill` section, so it is for `cascade distill`; train with the "
+            "config that it is made of."
+        )
     processes.agree("config", without_places(configs.to_json(config)))
     progress = progress and jax.process_index() == 0
     place = Place.of(config)

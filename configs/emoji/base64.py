@@ -47,6 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "pool_projected": True,
             "noise_embedding": "logsnr",
             "embed_aug": True,
+            "embed_guidance": False,  # students of guided distillation do
             "embedding_channels": 0,  # 0: 4 times the finest level's
             "embedding_activations": ("silu",),
             "norm_groups": 32,
@@ -61,6 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "learned_variance": False,
         "weighting": {"name": "v"},
         "text_drop": 0.1,
+        "distilled": {"steps": 0, "guidance": ()},  # 0: not a student of few steps
         # Read by super-resolution stages alone: the noise put on their low-resolution input.
         "lowres_upsampling": "after_noise",
         "aug_schedule": {"name": "cosine", "logsnr_min": -20.0, "logsnr_max": 20.0},

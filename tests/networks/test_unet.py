@@ -50,6 +50,7 @@ BASE = {
     "pool_projected": True,
     "noise_embedding": "logsnr",
     "embed_aug": True,
+    "embed_guidance": False,
     "embedding_channels": 0,
     "embedding_activations": ("silu",),
     "norm_groups": 4,

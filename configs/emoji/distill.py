@@ -1,0 +1,41 @@
+"""The emoji cascade in a few steps: guidance folded into both stages, then halvings down to 4.
+
+    cascade train --config configs/emoji/base64.py --workdir runs/base
+    cascade train --config configs/emoji/sr256.py --workdir runs/sr256
+    cascade bundle --stages runs/base runs/sr256 --out my-bundle
+    cascade distill --cascade --config configs/emoji/distill.py --workdir runs/few
+    cascade sample --bundle runs/few/bundle --prompt 'a red apple' --out pictures
+
+One stage alone is `configs/emoji/distill.py:base` or `:sr256`, of which
+`--config.distill.teacher=runs/base` names the teacher. `:smoke` shrinks both, and
+`:base:smoke` one.
+"""
+
+from ml_collections import ConfigDict
+
+from cascade.configs import distillation, smoke
+from cascade.configs.emoji import base64, sr256
+
+STAGES = {"base": base64, "sr256": sr256}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Both stages' distillations by name, or one's; `arg` as in `configs/imagen/cascade.py`."""
+    name, _, variant = arg.partition(":") if arg.partition(":")[0] in STAGES else ("", "", arg)
+    if variant not in ("", "smoke"):
+        raise ValueError(
+            f"this config takes one of {', '.join(STAGES)}, or smoke, or both in that order "
+            f"(base:smoke), not {arg!r}"
+        )
+    config = ConfigDict({key: module.get_config(variant) for key, module in STAGES.items()})
+    if variant == "smoke":
+        smoke.chain(config[key].stage for key in STAGES)
+    distillation.of(config.base, teacher="my-bundle", steps=(64, 4), guidance=(1.0, 6.0))
+    distillation.of(config.sr256, teacher="my-bundle", steps=(32, 4), guidance=(1.0, 3.0))
+    for each in config.values():
+        each.train.steps = each.train.learning_rate.decay_steps = 8_000
+        each.distill.updates_last = 16_000
+        each.train.learning_rate.peak = 1e-4
+        if variant == "smoke":
+            distillation.shrink(each)
+    return config[name] if name else config
