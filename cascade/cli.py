@@ -13,7 +13,7 @@ import traceback
 
 import click
 
-from cascade.commands import data, drawing, evaluation, exchange, plan, steps, training
+from cascade.commands import data, distillation, drawing, evaluation, exchange, plan, steps, training
 from cascade.errors import Stopped, UserError
 from cascade.parallel import roll
 from cascade.parallel.environments import has_tpu
@@ -93,6 +93,6 @@ def main():
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
-for module in (training, data, drawing, exchange, plan, evaluation, steps):
+for module in (training, distillation, data, drawing, exchange, plan, evaluation, steps):
     for command in module.COMMANDS:
         main.add_command(command)
