@@ -13,7 +13,16 @@ import traceback
 
 import click
 
-from cascade.commands import data, distillation, drawing, evaluation, exchange, plan, steps, training
+from cascade.commands import (
+    data,
+    distillation,
+    drawing,
+    evaluation,
+    exchange,
+    plan,
+    steps,
+    training,
+)
 from cascade.errors import Stopped, UserError
 from cascade.parallel import roll
 from cascade.parallel.environments import has_tpu
