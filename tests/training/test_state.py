@@ -67,3 +67,48 @@ def test_a_steps_randomness_follows_from_key_and_step_alone():
     _, second = step(later, {"image": jnp.zeros(1)}, key)
     _, again = step(later, {"image": jnp.zeros(1)}, key)
     assert float(first["loss"]) != float(second["loss"]) == float(again["loss"])
+
+
+class Deep:
+    """A stage of far more weights than activations: its step's memory is that of gradients."""
+
+    def init(self, key):
+        keys = jax.random.split(key, 8)
+        return {str(i): jax.random.normal(k, (256, 256)) / 16 for i, k in enumerate(keys)}
+
+    def loss(self, params, batch, key, train=True):
+        h = batch["image"]
+        for w in params.values():
+            h = jnp.tanh(h @ w)
+        loss = jnp.mean(h**2)
+        return loss, {"loss": loss}
+
+
+def temporary_bytes(optimizer, microbatches: int) -> int:
+    """What a step of slices of four holds beyond its arguments, as accelerators run it: in a loop.
+
+    Where slices are unrolled, for CPUs' speed, their order and so their memory is the compiler's.
+    """
+
+    class Settings:
+        ema_decay = 0.9
+
+    Settings.microbatches = microbatches
+    state = jax.eval_shape(lambda key: init_state(Deep(), optimizer, key), jax.random.key(0))
+    batch = {"image": jax.ShapeDtypeStruct((4 * microbatches, 256), jnp.float32)}
+    key = jax.eval_shape(jax.random.key, 0)
+    step = jax.jit(make_train_step(Deep(), optimizer, Settings, "tpu"), donate_argnums=0)
+    return step.lower(state, batch, key).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_slices_have_no_gradients_of_their_own_beside_the_sum():
+    """Beyond what one slice alone takes, several take their running sum: one copy of the gradients.
+
+    Alone, a gradient is used up by its update as soon as it is there. In a loop it must be added to
+    the sum as soon; one kept until its slice is done would make that two copies.
+    """
+    optimizer = optax.adam(1e-3)
+    one_copy = 8 * 256 * 256 * 4
+    alone, several = temporary_bytes(optimizer, 1), temporary_bytes(optimizer, 4)
+    assert alone < one_copy / 2
+    assert one_copy <= several < alone + 1.05 * one_copy
