@@ -289,7 +289,7 @@ def main(count: int, rounds: int, out: Path):
     (out / "samplers.json").write_text(json.dumps(results, indent=1) + "\n")
     lines = [
         f"`{command}`; {about['versions']}; a mixture of six Gaussians in the plane, its exact "
-        f"denoiser, the cosine schedule from logsnr -20 to 20, {count} pictures. Columns are steps; "
+        f"denoiser, cosine schedule from logsnr -20 to 20, {count} pictures. Columns are steps; "
         "Heun takes two evaluations for each but the last.",
         "",
         "Root mean square error from the exact flow (deterministic samplers):",

@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from cascade.diffusion.samplers import SAMPLERS
+from cascade.diffusion.spacings import SPACINGS
 from cascade.errors import UserError
 from cascade.stage import Stage
 from cascade.text.interface import checked_text
@@ -69,33 +70,37 @@ def per_stage(name: str, value, stages: int) -> tuple:
     return values
 
 
-def sampler_section(sampler: str | Mapping) -> dict:
-    """A sampler's config section; a name alone takes its factory's own defaults."""
-    if isinstance(sampler, Mapping):
-        return dict(sampler)
-    section = {"name": sampler}
-    if isinstance(sampler, str) and sampler in SAMPLERS:
-        for key, parameter in inspect.signature(SAMPLERS[sampler]).parameters.items():
+def part_section(part: str | Mapping, parts: Mapping) -> dict:
+    """A registered part's config section; a name alone takes its factory's own defaults."""
+    if isinstance(part, Mapping):
+        return dict(part)
+    section = {"name": part}
+    if isinstance(part, str) and part in parts:
+        for key, parameter in inspect.signature(parts[part]).parameters.items():
             if parameter.default is not parameter.empty:
                 section[key] = parameter.default
     return section
 
 
 def stage_settings(
-    stages: Sequence[Stage], sampler: str | Mapping | None = None, **changes
+    stages: Sequence[Stage],
+    sampler: str | Mapping | None = None,
+    spacing: str | Mapping | None = None,
+    **changes,
 ) -> tuple[FrozenConfigDict, ...]:
     """Each stage's sampling settings, its config's own for what is None.
 
     Args:
-      sampler: as `sampler_section` takes it.
+      sampler, spacing: as `part_section` takes it.
       **changes: other keys of a `sampling` section, each one value for all stages or one for each.
 
     Raises:
       UserError: a wrong number of values, or one that a stage can't take.
     """
     changes = {key: per_stage(key, value, len(stages)) for key, value in changes.items()}
-    if sampler is not None:
-        changes["sampler"] = (sampler_section(sampler),) * len(stages)
+    for key, part, parts in (("sampler", sampler, SAMPLERS), ("spacing", spacing, SPACINGS)):
+        if part is not None:
+            changes[key] = (part_section(part, parts),) * len(stages)
     return tuple(
         stage.settings(
             **{key: values[i] for key, values in changes.items() if values[i] is not None}

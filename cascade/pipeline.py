@@ -133,6 +133,7 @@ class Cascade:
         negative_prompt: str = "",
         aug_level: float | Sequence[float] | None = None,
         sampler: str | Mapping | None = None,
+        spacing: str | Mapping | None = None,
         tile: int | Sequence[int] | None = None,
         tile_overlap: int | Sequence[int] | None = None,
         size: tuple[int, int] | None = None,
@@ -153,6 +154,8 @@ class Cascade:
           negative_prompt: what guidance leads away from; empty is the null condition.
           aug_level: noise on each stage's low-resolution input, 0 to 1; the base stage has none.
           sampler: a name in `SAMPLERS`, or its section `{"name": ..., **keywords}`.
+          spacing: likewise of `SPACINGS`; None is what was searched for the sampler and steps, else
+            the bundle's.
           tile: predict larger pictures in tiles of this many pixels a side, to need less memory;
             one number for all stages or one for each, 0 is the whole picture at once.
           tile_overlap: pixels by which tiles overlap at least, likewise.
@@ -184,6 +187,7 @@ class Cascade:
             guidance=guidance,
             aug_level=aug_level,
             sampler=sampler,
+            spacing=spacing,
             tile=tile,
             tile_overlap=tile_overlap,
         )
@@ -207,7 +211,7 @@ class Cascade:
         """Draws pictures batch by batch, each through all stages, and keeps none of them.
 
         Args:
-          **changes: steps, guidance, aug_level, sampler, tile, tile_overlap, as in `__call__`.
+          **changes: sampling settings, from `steps` to `tile_overlap`, as in `__call__`.
           Others: as in `__call__`.
 
         Returns:
@@ -246,6 +250,7 @@ class Cascade:
         negative_prompt: str = "",
         aug_level: float | None = None,
         sampler: str | Mapping | None = None,
+        spacing: str | Mapping | None = None,
         tile: int | None = None,
         tile_overlap: int | None = None,
         first_index: int = 0,
@@ -283,6 +288,7 @@ class Cascade:
             guidance=guidance,
             aug_level=aug_level,
             sampler=sampler,
+            spacing=spacing,
             tile=tile,
             tile_overlap=tile_overlap,
         )
@@ -304,7 +310,7 @@ class Cascade:
         """Enlarges pictures batch by batch; to `upscale` what `draw_batches` is to `__call__`.
 
         Args:
-          **changes: steps, guidance, aug_level, sampler, tile, tile_overlap, as in `upscale`.
+          **changes: sampling settings, from `steps` to `tile_overlap`, as in `upscale`.
           Others: as in `upscale`.
 
         Returns:
@@ -333,26 +339,12 @@ class Cascade:
         return batches.draw(self._trained, self.mesh, wanted, *only, lowres, progress)
 
     def settings(
-        self,
-        steps=None,
-        guidance=None,
-        aug_level=None,
-        sampler=None,
-        tile=None,
-        tile_overlap=None,
-        stage=None,
+        self, steps=None, guidance=None, *, stage: int | None = None, **changes
     ) -> tuple[FrozenConfigDict, ...]:
         """Each stage's sampling settings, or those of `stage`; the bundle's for what is None.
 
         Raises:
           UserError: a wrong number of values, or one that a stage can't take.
         """
-        return stage_settings(
-            self.stages if stage is None else self.stages[stage : stage + 1],
-            sampler,
-            steps=steps,
-            guidance=guidance,
-            aug_level=aug_level,
-            tile=tile,
-            tile_overlap=tile_overlap,
-        )
+        stages = self.stages if stage is None else self.stages[stage : stage + 1]
+        return stage_settings(stages, steps=steps, guidance=guidance, **changes)

@@ -52,7 +52,7 @@ def sample_to_folder(
       first_index: number of the first picture; a PNG's `index` and its prompt redraw it alone.
       size: "HEIGHTxWIDTH" of the base picture.
       text_weights, mesh: as in `cascade.load`.
-      **changes: steps, guidance, aug_level, sampler, tile, tile_overlap.
+      **changes: steps, guidance, aug_level, sampler, spacing, tile, tile_overlap.
       Others: as in `Cascade.__call__`.
 
     Returns:
@@ -130,7 +130,7 @@ def upscale_to_file(
       out: the PNG file, NAME.png, replaced if it's there.
       stage: which stage enlarges; 1 is the first that can.
       text_weights, mesh: as in `cascade.load`.
-      **changes: steps, guidance, aug_level, sampler, tile, tile_overlap.
+      **changes: steps, guidance, aug_level, sampler, spacing, tile, tile_overlap.
       Others: as in `Cascade.upscale`.
 
     Raises:

@@ -17,11 +17,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
 from cascade import bundle, manifest
-from cascade.arguments import checked_prompts, sampler_section, whole
+from cascade.arguments import checked_prompts, part_section, whole
 from cascade.config import from_json, to_json
 from cascade.diffusion.samplers import RANDOM_SAMPLERS, SAMPLERS
 from cascade.diffusion.search import losses_at_most, search_levels
@@ -101,17 +102,9 @@ def tune_steps(
     mesh = all_devices()
     loaded = bundle.load_bundle(folder, None, text_weights, mesh)
     settings = _settings(loaded.stages, stage, steps, sampler, reference_steps)
-    pipe = Cascade(*loaded, mesh)
-    wanted = request(
-        pipe.text_encoder,
-        mesh,
-        prompts,
-        len(prompts) * 2,
-        seed,
-        "",
-        0,
-        batch_size or min(8, pictures),
-    )
+    below = Cascade(loaded.stages[:stage], *loaded[1:], mesh) if stage else None
+    how = seed, "", 0, batch_size or min(8, pictures)
+    wanted = request(loaded.text_encoder, mesh, prompts, 2 * len(prompts), *how)
     batches = math.ceil(pictures / wanted.rows)
     trained = loaded.stages[stage]
     reference = trained.stage.settings(
@@ -123,13 +116,12 @@ def tune_steps(
     with tqdm(total=total + 2 * batches, unit="batch", disable=not progress) as bar:
         bar.set_description(f"reference, {reference_steps} steps of Heun")
         sets = [
-            _noises(pipe, trained, stage, wanted, prompts, reference, range(first, first + batches))
+            _noises(below, trained, mesh, wanted, prompts, reference, range(first, first + batches))
             for first in (0, batches)
         ]
         bar.update(2 * batches)
-        searched, held_out = (
-            functools.partial(_distance, _squares(trained, settings), each, bar) for each in sets
-        )
+        squares = _squares(trained, settings)
+        searched, held_out = (functools.partial(_distance, squares, each, bar) for each in sets)
         levels, _ = search_levels(
             searched, starts, rounds, lambda least: bar.set_description(f"distance {least:.5f}")
         )
@@ -160,7 +152,7 @@ def _settings(
         )
     changes = {} if steps is None else {"steps": whole("steps", steps, 2, 1000)}
     if sampler is not None:
-        changes["sampler"] = sampler_section(sampler)
+        changes["sampler"] = part_section(sampler, SAMPLERS)
     settings = stage.settings(**changes)
     whole("reference_steps", reference_steps, settings.steps + 1, 10_000)
     whole("steps", settings.steps, 2, 1000)
@@ -198,31 +190,35 @@ class _Noises(NamedTuple):
 
 
 def _noises(
-    pipe: Cascade,
+    below: Cascade | None,
     trained: bundle.TrainedStage,
-    stage: int,
+    mesh: Mesh,
     wanted: Request,
     prompts: Sequence[str],
     settings: FrozenConfigDict,
     batches: Sequence[int],
 ) -> list[_Noises]:
-    """Batches with their reference pictures; batch i has keys of its own."""
-    split, rows = functools.partial(split_rows, mesh=pipe.mesh), wanted.rows
+    """Batches with their reference pictures; batch i has keys of its own.
+
+    `below` draws what a stage enlarges.
+    """
+    split, rows = functools.partial(split_rows, mesh=mesh), wanted.rows
     null = {key: split(np.repeat(value, rows, axis=0)) for key, value in wanted.null.items()}
     side = trained.stage.config.resolution
     made = []
     for i in batches:
         which = np.arange(i * rows, (i + 1) * rows) % len(prompts)
         cond = {key: split(value[which]) for key, value in wanted.text.items()}
-        if stage > 0:
+        if below:
             texts = [prompts[k] for k in which]
-            first = {"first_index": i * rows, "batch_size": rows}
-            lower = pipe(texts, seed=wanted.seed, **first, return_stages=True, progress=False)
-            cond["lowres"] = split(to_float(lower[stage - 1]))
+            how = {"first_index": i * rows, "batch_size": rows, "progress": False}
+            cond["lowres"] = split(to_float(below(texts, seed=wanted.seed, **how)))
         keys = jax.random.split(jax.random.fold_in(jax.random.key(wanted.seed), i), rows)
         x = trained.stage.draw(trained.params, cond, null, keys, settings, (side, side))
         if not jnp.isfinite(x).all():
-            raise UserError(f"Stage {stage} drew NaN; train it anew before tuning its steps.")
+            raise UserError(
+                f"The stage of {side}×{side} pixels drew NaN; train it anew and then tune it."
+            )
         made.append(_Noises(cond, null, keys, x))
     return made
 

@@ -67,7 +67,7 @@ def test_a_sentence_has_its_own_line_where_a_bar_is_open():
 
 
 COMMANDS = [
-    "", "demo", "data", "data build", "embed", "train", "describe", "bundle", "sample", "upscale",
+    "", "demo", "data", "data build", "data cifar10", "embed", "train", "describe", "bundle", "sample", "upscale",
     "evaluate", "import", "import deepfloyd", "export", "plan", "tune-steps",
 ]  # fmt: skip
 
@@ -144,6 +144,7 @@ def test_describe_prints_a_table():
         (["--guidance", "inf,1"], "guidance"),
         (["--aug-level", "2"], "aug_level"),
         (["--sampler", "euler"], "euler"),
+        (["--spacing", "karas"], "karras"),
         (["--num", "0"], "num_images"),
         (["--batch-size", "0"], "batch_size"),
         (["--size", "9x8"], "multiples of 2"),

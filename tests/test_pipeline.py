@@ -143,6 +143,7 @@ def test_enlarging_a_saved_picture_is_what_the_cascade_does(pipe, drawn, tmp_pat
         {"negative_prompt": "moon"},
         {"steps": (3, 2)},
         {"aug_level": 0.6},
+        {"spacing": "uniform_logsnr"},
     ],
 )
 def test_each_setting_changes_the_picture(pipe, drawn, change):
@@ -265,6 +266,9 @@ def test_with_the_real_text_encoder(tmp_path, caplog):
         ({"aug_level": -0.1}, "aug_level"),
         ({"aug_level": float("nan")}, "aug_level"),
         ({"sampler": "dim"}, "ddim"),
+        ({"spacing": "karas"}, "karras"),
+        ({"spacing": "leading"}, "train_steps"),
+        ({"spacing": {"name": "given", "levels": (0.0, 1.0)}}, "for 1 steps"),
         ({"sampler": {"name": "ddim", "eta": 1.0}}, "eta"),
         ({"size": 8}, "size"),
         ({"size": (8,)}, "size"),

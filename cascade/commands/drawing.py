@@ -32,7 +32,14 @@ def drawing_options(command):
                 help="Noise on the low-resolution input, 0 to 1. [default: the bundle's]",
             ),
             click.option(
-                "--sampler", help="ddim, ancestral, heun or dpmpp_2m. [default: the bundle's]"
+                "--sampler",
+                help="ddim, heun, dpmpp_2m, addim, or by chance: ancestral, dpmpp_2m_sde, "
+                "stochastic. docs/samplers.md says which is for what. [default: the bundle's]",
+            ),
+            click.option(
+                "--spacing",
+                help="Where the steps are: uniform, uniform_logsnr or karras. "
+                "[default: as tune-steps found for sampler and steps, else the bundle's]",
             ),
             click.option(
                 "--tile",
