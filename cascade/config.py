@@ -15,22 +15,9 @@ from collections.abc import Mapping, Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from cascade import registry
-from cascade.diffusion.samplers import SAMPLERS
-from cascade.diffusion.spacings import check_levels
+from cascade.checks import check_known, check_ranges, check_rule, check_stage, check_tree
 from cascade.errors import UserError
-from cascade.parallel.mesh import AXES
-from cascade.schema import (
-    DISTILL,
-    RANGES,
-    SAMPLING,
-    SAMPLING_RANGES,
-    SCHEMA,
-    STAGE,
-    STAGE_RANGES,
-    Part,
-)
-from cascade.students import check_drawing
+from cascade.schema import DISTILL, RANGES, SCHEMA
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -101,8 +88,8 @@ def load_cascade(specs: Sequence[str], overrides: Sequence[str] = ()) -> dict[st
 def load_as(spec: str, overrides: Sequence[str], schema: Mapping, ranges: Mapping) -> ConfigDict:
     """As `load`, for a config that isn't an experiment's and has a schema of its own."""
     config = _overridden(spec, overrides)
-    _check_tree("config", config, schema)
-    _check_ranges("config", config, ranges)
+    check_tree("config", config, schema)
+    check_ranges("config", config, ranges)
     return config
 
 
@@ -181,7 +168,7 @@ def _check_override(config: ConfigDict, override: str):
     where, section = "config", config
     for part in match[1].split("."):
         key, *indices = part.replace("]", "").split("[")
-        _check_known(where, key, section if isinstance(section, ConfigDict) else {})
+        check_known(where, key, section if isinstance(section, ConfigDict) else {})
         where, section = f"{where}.{key}", section[key]
         for index in indices:
             if not (isinstance(section, tuple) and index.isdigit() and int(index) < len(section)):
@@ -211,8 +198,8 @@ def check(config: ConfigDict):
         with another.
     """
     distills = {"distill": DISTILL} if "distill" in config else {}
-    _check_tree("config", config, {**SCHEMA, **distills})
-    _check_ranges("config", config, RANGES)
+    check_tree("config", config, {**SCHEMA, **distills})
+    check_ranges("config", config, RANGES)
     check_stage(config.stage)
     train, data, rate = config.train, config.data, config.train.learning_rate
     if config.text.max_length != config.stage.text_length:
@@ -238,73 +225,7 @@ def check(config: ConfigDict):
             "picture; set crop to 'centre' or cache_decoded to False."
         )
     for rule in config.sharding_rules:
-        _check_rule(rule)
-
-
-def check_stage(stage: Mapping):
-    """Checks a stage's section alone, as a bundle stores it.
-
-    Raises:
-      UserError: as `check`.
-    """
-    _check_tree("config.stage", stage, STAGE)
-    _check_ranges("config.stage", stage, STAGE_RANGES)
-    check_sampling(stage["sampling"], "config.stage.sampling")
-    check_drawing(stage, stage["sampling"])
-    if stage["output"] not in ("x", "eps", "v"):
-        raise UserError(f"config.stage.output is {stage['output']!r}; give 'x', 'eps' or 'v'.")
-    if stage["lowres_upsampling"] not in ("after_noise", "before_noise"):
-        raise UserError(
-            f"config.stage.lowres_upsampling is {stage['lowres_upsampling']!r}; give 'after_noise' "
-            "or 'before_noise'."
-        )
-    resolution, lowres, crop = (
-        stage[key] for key in ("resolution", "lowres_resolution", "crop_resolution")
-    )
-    if lowres >= resolution:
-        raise UserError(
-            f"config.stage.lowres_resolution is {lowres}; give less than resolution={resolution}, "
-            "or 0 for a base stage."
-        )
-    if crop and not lowres:
-        raise UserError("config.stage.crop_resolution is set on a base stage; set it to 0.")
-    if crop and (resolution % lowres or crop % (resolution // lowres) or crop > resolution):
-        raise UserError(
-            f"config.stage.crop_resolution={crop} must be a multiple of resolution / "
-            f"lowres_resolution = {resolution}/{lowres}, itself whole, and at most {resolution}."
-        )
-
-
-def check_sampling(sampling: Mapping, where: str = "sampling"):
-    """Checks a `sampling` section: a stage's own, or one with the caller's changes.
-
-    Args:
-      where: what errors call the section.
-
-    Raises:
-      UserError: as `check`.
-    """
-    _check_tree(where, sampling, SAMPLING)
-    _check_ranges(where, sampling, SAMPLING_RANGES)
-    for key, part in SAMPLING.items():
-        if isinstance(part, Part):
-            try:
-                registry.build(part.kind, part.parts, sampling[key])
-            except UserError as error:
-                raise UserError(f"{where}.{key}: {error}") from error
-    for entry in sampling["searched"]:
-        pair = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], tuple)
-        if not pair or entry[0] not in SAMPLERS:
-            raise UserError(
-                f"{where}.searched holds {entry!r}; give pairs (sampler, levels) with one of "
-                f"{', '.join(SAMPLERS)}."
-            )
-        check_levels(f"{where}.searched for {entry[0]}", entry[1])
-    if 0 < sampling["tile"] <= sampling["tile_overlap"]:
-        raise UserError(
-            f"{where}.tile_overlap is {sampling['tile_overlap']}; give less than "
-            f"tile={sampling['tile']}."
-        )
+        check_rule(rule)
 
 
 def to_json(section) -> dict:
@@ -339,62 +260,3 @@ def from_json(tree) -> ConfigDict:
         return tuple(restore(item) for item in value) if isinstance(value, list) else value
 
     return ConfigDict(restore(tree))
-
-
-def _check_tree(where: str, section, schema):
-    """Walks a section and its schema together."""
-    if isinstance(schema, Part):
-        _check_mapping(where, section)
-        try:
-            registry.check(schema.kind, schema.parts, section, schema.supplied)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        return
-    if not isinstance(schema, Mapping):
-        registry.check_type(where, section, schema)
-        return
-    _check_mapping(where, section)
-    for key in section:
-        _check_known(where, key, schema)
-    for key, inner in schema.items():
-        if key not in section:
-            raise UserError(f"Missing key {where}.{key}; state it, a config hides no default.")
-        _check_tree(f"{where}.{key}", section[key], inner)
-
-
-def _check_mapping(where: str, section):
-    if not isinstance(section, Mapping | ConfigDict):
-        raise UserError(f"{where} is {section!r}; it must be a section with keys of its own.")
-
-
-def _check_known(where: str, key: str, known: Mapping):
-    if key not in known:
-        meant = registry.meant(key, known)
-        raise UserError(f"Unknown key {where}.{key}{meant}; remove it or correct its name.")
-
-
-def _check_ranges(where: str, section: Mapping, ranges: Mapping):
-    """Walks a section and its ranges together."""
-    for key, allowed in ranges.items():
-        if key not in section:  # another part of the same registry has it
-            continue
-        if isinstance(allowed, Mapping):
-            _check_ranges(f"{where}.{key}", section[key], allowed)
-        elif not allowed.contains(section[key]):
-            raise UserError(f"{where}.{key} is {section[key]!r}; it must be {allowed.words}.")
-
-
-def _check_rule(rule):
-    """Checks one of `config.sharding_rules`: (pattern, mesh axes by dimension)."""
-    try:
-        pattern, spec = rule
-        re.compile(pattern)
-        axes = [axis for entry in spec for axis in (entry if type(entry) is tuple else (entry,))]
-        sound = isinstance(spec, tuple) and set(axes) <= {None, *AXES}
-    except (TypeError, ValueError, re.error):
-        sound = False
-    if not sound:
-        raise UserError(
-            f"config.sharding_rules holds {rule!r}; give (pattern, spec) pairs such as "
-            f"('conv.*kernel', (None, 'fsdp')), with the axes {', '.join(AXES)}."
-        )

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from cascade import config as configs
 from cascade import registry
+from cascade.checks import check_sampling, check_stage
 from cascade.diffusion import conditioning, guidance, losses, process, samplers, tiling
 from cascade.diffusion.schedules import SCHEDULES
 from cascade.diffusion.spacings import SPACINGS
@@ -51,7 +51,7 @@ class Stage:
         Raises:
           UserError: a key is missing, foreign, or at odds with another.
         """
-        configs.check_stage(config)
+        check_stage(config)
         self.config = config
         self.is_base = config.lowres_resolution == 0
         self.embeds_guidance = bool(config.distilled.guidance)
@@ -224,7 +224,7 @@ class Stage:
             student wasn't taught.
         """
         merged = {**self.config.sampling.to_dict(), **changes}
-        configs.check_sampling(merged)
+        check_sampling(merged)
         check_drawing(self.config, merged)
         self._check_tiles(merged)
         for sampler, levels in merged["searched"]:

@@ -18,11 +18,12 @@ def of(config: ConfigDict, *, teacher: str, steps: tuple[int, int], guidance: tu
     stage, train = config.stage, config.train
     stage.weighting = {"name": "snr_truncated"}
     stage.network.dropout = 0.0
-    # A student draws as it was taught: by DDIM, at evenly spaced times, unbounded on the way.
+    # A student draws as it was taught, by DDIM at evenly spaced times. Targets aren't clipped; what
+    # is drawn is, as in the paper's own code.
     stage.sampling.sampler = {"name": "ddim"}
     stage.sampling.spacing = {"name": "uniform"}
     stage.sampling.searched = ()
-    stage.sampling.threshold = {"name": "none"}
+    stage.sampling.threshold = {"name": "static"}
     if not guidance:
         stage.sampling.guidance = 1.0
     train.steps = 50_000  # of each student

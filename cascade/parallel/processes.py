@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from cascade.parallel import environments, roll
 WAIT = ("CASCADE_WAIT_SECONDS", 300)  # for the other processes at the start
 SILENCE = ("CASCADE_SILENCE_SECONDS", 60)  # of a machine, until it counts as lost
 SHUTDOWN = 60  # for the others at the end
+_ASKED = itertools.count(1)  # how often this process asked whether to stop
 
 
 def connect(
@@ -122,7 +124,8 @@ def stopping() -> Iterator[Callable[[int], bool]]:
     signal is caught while this is open.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        # Counted on from one `with` to the next: the service waits for a number not yet passed.
+        yield lambda step: multihost_utils.reached_preemption_sync_point(next(_ASKED))
         return
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False  # only the main thread can catch signals
