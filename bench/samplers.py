@@ -31,7 +31,7 @@ from tqdm import tqdm
 from cascade.diffusion import guidance, samplers, schedules, spacings
 from cascade.diffusion.guidance import Denoised
 from cascade.diffusion.process import along_batch
-from cascade.diffusion.search import search_levels
+from cascade.level_search import search_levels
 
 ANGLES = np.arange(6) * np.pi / 3
 MEANS = 0.75 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)

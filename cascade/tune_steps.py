@@ -25,11 +25,11 @@ from cascade import bundle, manifest
 from cascade.arguments import checked_prompts, part_section, whole
 from cascade.config import from_json, to_json
 from cascade.diffusion.samplers import RANDOM_SAMPLERS, SAMPLERS
-from cascade.diffusion.search import losses_at_most, search_levels
 from cascade.diffusion.spacings import karras, uniform, uniform_logsnr
 from cascade.errors import UserError
 from cascade.files import check_place, check_writable, whole_folder
 from cascade.images import to_float
+from cascade.level_search import losses_at_most, search_levels
 from cascade.parallel.mesh import all_devices, split_rows
 from cascade.pipeline import Cascade
 from cascade.request import Request, request

@@ -7,7 +7,7 @@ import pytest
 from mixtures import MIXTURE, exact_denoiser, exact_solution
 
 from cascade.diffusion import process, samplers, schedules, spacings
-from cascade.diffusion.search import losses_at_most, search_levels
+from cascade.level_search import losses_at_most, search_levels
 
 SCHEDULE = schedules.cosine(logsnr_min=-20.0, logsnr_max=20.0)
 
