@@ -180,8 +180,46 @@ def test_sizes_that_cant_be_drawn(size):
         {"aug_level": 1.5},
         {"stepz": 3},
         {"tile_overlap": 8, "tile": 8},
+        {"spacing": {"name": "given", "levels": (-1.0, 1.0)}},
+        {"spacing": {"name": "karras", "rho": 7.0, "sigma_min": 0.0, "sigma_max": 1e9}},
+        {"guidance_schedule": {"name": "interval", "low": 1.0, "high": 1.0}},
+        {"guidance_schedule": {"name": "oscillating", "steps": -1, "low": 1.0}},
+        {"sampler": {"name": "addim", "eta": 2.0, "variance": 0.5}},
+        {"searched": (("ddim", (1.0, -1.0)),)},
     ],
 )
 def test_settings_out_of_range(change):
     with pytest.raises(UserError, match=next(iter(change))[:5]):
         Stage(stage_config(8, 0)).settings(**change)
+
+
+def test_a_guidance_schedule_follows_the_levels_that_are_drawn(monkeypatch):
+    stage = Stage(stage_config(8, 0))
+
+    def network(variables, z_t, logsnr, cond):
+        """v that a text turns round."""
+        told = cond["text_mask"].any(1)[:, None, None, None]
+        return jnp.where(told, 0.3 * z_t, -0.1 * z_t)
+
+    monkeypatch.setattr(type(stage.network), "apply", lambda self, *args: network(*args))
+    conds = [{"text_emb": jnp.zeros((2, 4, 8)), "text_mask": jnp.full((2, 4), b)} for b in (1, 0)]
+    ways = {
+        "constant": {"name": "constant"},
+        "always": {"name": "oscillating", "steps": 9, "low": 0.0},
+        "first high": {"name": "oscillating", "steps": 1, "low": 1.0},
+        "first low": {"name": "oscillating", "steps": 0, "low": 1.0},
+        "first alone": {"name": "interval", "low": -30.0, "high": -2.0},
+    }
+    drawn = {}
+    for way, schedule in ways.items():
+        settings = stage.settings(
+            sampler={"name": "ddim"}, steps=2, guidance=3.0, guidance_schedule=schedule
+        )
+        keys = jax.random.split(jax.random.key(0), 2)
+        drawn[way] = stage.sample({}, *conds, keys, settings, (8, 8))
+    # Of two uniform steps the first is evaluated at logsnr -20, the second at 0.
+    np.testing.assert_array_equal(drawn["constant"], drawn["always"])
+    np.testing.assert_array_equal(drawn["first high"], drawn["first alone"])
+    for one, other in [("constant", "first high"), ("constant", "first low")]:
+        assert np.abs(drawn[one] - drawn[other]).max() > 0.01
+    assert np.abs(drawn["first high"] - drawn["first low"]).max() > 0.01
