@@ -162,7 +162,7 @@ class Job:
         """Scores sets and writes metrics.json, metrics.md, sheet.png and report.html.
 
         Returns:
-          The metrics as a Markdown table; "" but on the first process.
+          The metrics as a Markdown table, and notes; "" but on the first process.
 
         Raises:
           UserError: too few pictures in a set, or files that can't be written.

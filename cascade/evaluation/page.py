@@ -35,7 +35,7 @@ def write(
       about: what was compared with what, and how.
 
     Returns:
-      The table, in Markdown.
+      The table and the notes, in Markdown.
 
     Raises:
       UserError: a file can't be written.
@@ -43,9 +43,9 @@ def write(
     about = {**about, "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}"}
     content = {"about": about, "rows": rows, "notes": notes}
     heads, cells = table(rows)
-    lines = markdown(heads, cells)
+    text = "\n\n".join([markdown(heads, cells), *notes])
     write_whole(out / "metrics.json", json.dumps(content, indent=1))
-    write_whole(out / "metrics.md", "\n\n".join([lines, *notes]) + "\n")
+    write_whole(out / "metrics.md", text + "\n")
     columns, shown = side_by_side(sets, real)
     if shown:
         save_png(out / "sheet.png", sheet(columns, shown))
@@ -56,7 +56,7 @@ def write(
         about=about, heads=heads, cells=cells, notes=notes, columns=columns, shown=shown
     )
     write_whole(out / "report.html", html)
-    return lines
+    return text
 
 
 def side_by_side(

@@ -42,7 +42,7 @@ def test_streamed_moments_are_those_of_all_at_once(sizes, width, seed):
         )
     # As several processes would: each its own parts, then all together, in any order.
     halves = [moments(parts[i::2]) for i in range(min(2, len(parts)))]
-    merged = moments([]) if not halves else halves[-1]
+    merged = halves[-1]
     for half in halves[:-1]:
         merged = merged.merge(half)
     assert merged.count == whole.count

@@ -97,6 +97,8 @@ def test_numbers_are_those_of_what_is_drawn(folder, tmp_path):
     assert (shown == pictures[3]).all()
     html = (tmp_path / "out" / "report.html").read_text()
     assert all(a.startswith("data:image/") for a in re.findall(r"src=\"([^\"]*)\"", html))
+    assert table == (tmp_path / "out" / "metrics.md").read_text().rstrip("\n")
+    assert "12 pictures are no more than the 12 features" in table and "no more than" in html
     assert prompts[0] in html and "FID-quarters" in table and (tmp_path / "out/sheet.png").is_file()
 
 
