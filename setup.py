@@ -68,6 +68,7 @@ setup(
     packages=[
         *find_packages(include=["cascade", "cascade.*"]),
         "cascade.configs",
+        "cascade.configs.cifar10",
         "cascade.configs.emoji",
         "cascade.configs.imagen",
     ],

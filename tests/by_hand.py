@@ -59,13 +59,13 @@ def whole(stage, side) -> np.ndarray:
     widths = [n.channels * mult for mult in n.channel_mults]
     finest, embedding = widths[0], 4 * widths[0]
     words, states = stage.text_length, stage.text_width
-    width = n.text_channels
+    width = n.text_channels or states
     text = (words, width)
 
     lowres = stage.lowres_resolution > 0
     cost = conv3(side**2, 6 if lowres else 3, finest)
     cost = cost + (1 + lowres) * (dense(1, finest, embedding) + dense(1, embedding, embedding))
-    cost = cost + dense(words, states, width)
+    cost = cost + (dense(words, states, width) if n.text_channels else 0)
     cost = cost + pool(words, width if n.pool_projected else states, embedding)
 
     def blocks(level, pixels, channels, skips):
