@@ -78,8 +78,9 @@ def open_data(text: str, split: str = "heldout", overrides: Sequence[str] = ()) 
         section = configs.load(text, overrides).data
         chosen = configs.to_json(section.source if split == "train" else section.eval_source)
         source = make_source(section, train=split == "train")
-        limits = section.filter.max_aspect, section.max_broken_rate
-        return Data(source, _about(source, chosen), colour(section.ground), *limits)
+        ground, max_aspect = colour(section.ground), section.filter.max_aspect
+        about = _about(source, chosen) | {"ground": ground, "max_aspect": max_aspect}
+        return Data(source, about, ground, max_aspect, section.max_broken_rate)
     if overrides:
         raise UserError(f"{overrides[0]!r} changes a config, and --source {text!r} is none.")
     if "*" in text or text.endswith(".array_record"):

@@ -118,7 +118,8 @@ class Record:
             self._pending.append(arrays)
         waiting = sum(map(_rows, self._pending))
         late = time.monotonic() - self._last > SECONDS
-        on_first_process(self._write if waiting >= ROWS or late else _nothing, self.mesh)
+        enough = waiting >= ROWS or late
+        on_first_process(self._write if enough else lambda: None, self.mesh)
 
     def write(self):
         """Writes what waits.
@@ -186,7 +187,3 @@ class Record:
 
 def _rows(arrays: Mapping[str, np.ndarray]) -> int:
     return len(next(iter(arrays.values())))
-
-
-def _nothing():
-    """What there is to do while too little waits."""

@@ -13,6 +13,7 @@ from processes import cluster, run_processes
 from tiny_cascade import stage_config, trained
 
 from cascade.cli import main
+from cascade.data.record_files import to_example, write_file
 from cascade.evaluation import evaluate, record
 from cascade.evaluation.evaluate import Against, score_bundle, score_folders
 from cascade.evaluation.features import Extractor
@@ -257,6 +258,7 @@ def test_a_configs_splits():
     """The held-out one by default, limits and ground as the config has them."""
     spec = "configs/emoji/base64.py:smoke"
     data = evaluate.open_data(spec, "heldout", ["--config.data.ground=#000000"])
+    assert data.about != evaluate.open_data(spec, "heldout").about
     assert data.ground == (0, 0, 0) and len(data.source) == data.about["records"]
     train = evaluate.open_data(spec, "train", ["--config.data.source.records=9"])
     assert len(train.source) == 9 and train.about != data.about
@@ -264,8 +266,18 @@ def test_a_configs_splits():
         evaluate.open_data(spec, "test")
 
 
+def test_record_files_are_a_source(folder, tmp_path):
+    picture = (folder / "real" / "00.png").read_bytes()
+    examples = [to_example({"image": picture, "captions": [f"thing {i}", "another"]}) for i in "ab"]
+    write_file(tmp_path / "x-00000.array_record", examples)
+    data = evaluate.open_data(str(tmp_path / "*.array_record"))
+    assert [evaluate.first_caption(data, i) for i in range(2)] == ["thing a", "thing b"]
+    assert data.preprocess(16)(data.source[1]["image"]).shape == (16, 16, 3)
+
+
 TOGETHER = """
 import sys
+from cascade.data.record_files import to_example, write_file
 from cascade.evaluation import evaluate, record
 from test_evaluate import quarters
 from cascade.cli import main
