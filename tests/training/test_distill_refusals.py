@@ -124,3 +124,13 @@ def test_who_learns_from_whom(tmp_path):
     assert [h.config.train.steps for h in halvings(config)] == [6, 6, 50, 50]
     assert [h.config.train.learning_rate.decay_steps for h in halvings(config)] == [6, 6, 50, 50]
     assert len({h.config.seed for h in halvings(config)}) == 4
+
+
+@pytest.mark.parametrize("arg", ["", ":smoke"])
+def test_shipped_configs_are_complete(arg):
+    paper = configs.load(f"configs/cifar10/distill.py{arg}")
+    several = configs.load_cascade([f"configs/emoji/distill.py{arg}"])
+    for config in (paper, *several.values()):
+        check_distillation(config)
+    updates = sum(halving.config.train.steps for halving in halvings(paper))
+    assert updates == (8 if arg else 750_000)  # the paper's
