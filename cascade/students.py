@@ -8,6 +8,7 @@ condition in place of being evaluated twice, or () where guidance isn't part of 
 from collections.abc import Iterable, Mapping
 
 from cascade.errors import UserError
+from cascade.text.interface import checked_text
 
 SAMPLERS = ("ddim", "stochastic")  # those that take a student's steps as it learnt them
 SPACING = "uniform"
@@ -52,7 +53,7 @@ def check_negative_prompt(stages: Iterable, negative_prompt: str):
     Args:
       stages: the `cascade.stage.Stage`s that draw.
     """
-    if not negative_prompt.strip():
+    if not checked_text(negative_prompt, "negative prompt").strip():
         return
     for stage in stages:
         if stage.config.distilled.guidance:
