@@ -79,7 +79,9 @@ def describe(ctx, spec, mesh):
 
 
 @click.command()
-@click.option("--stages", required=True, multiple=True, help="A run's folder; base first.")
+@click.option(
+    "--stages", required=True, multiple=True, help="A run's folder, or a bundle's; base first."
+)
 @click.argument("more", nargs=-1, metavar="[RUN]...")
 @click.option("--out", required=True, help="Folder of the bundle.")
 @click.option(
@@ -98,7 +100,8 @@ def describe(ctx, spec, mesh):
 def bundle(stages, more, out, dtype, without_text_weights, overwrite):
     """Put trained stages into one folder, to share and to draw with.
 
-    Of each stage, its EMA weights. One --stages is enough: the runs after it are later stages.
+    Of each run, its EMA weights; of each bundle, such as a student, its stages as they are. One
+    --stages is enough: the runs after it are later stages.
 
     Example: cascade bundle --stages runs/base runs/sr256 --out my-bundle
     """
