@@ -42,9 +42,12 @@ def cdf(data, z, logsnr):
 def exact_solution(data, z_t, logsnr_t, logsnr_s):
     """The probability flow on the line keeps quantiles: F_s(z_s) = F_t(z_t), by bisection."""
     quantile = cdf(data, z_t, logsnr_t)
-    low, high = jnp.full_like(z_t, -9.0), jnp.full_like(z_t, 9.0)
-    for _ in range(60):
+
+    def halved(_, bounds):
+        low, high = bounds
         middle = 0.5 * (low + high)
         below = cdf(data, middle, logsnr_s) < quantile
-        low, high = jnp.where(below, middle, low), jnp.where(below, high, middle)
-    return low
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    bounds = jnp.full_like(z_t, -9.0), jnp.full_like(z_t, 9.0)
+    return jax.lax.fori_loop(0, 60, halved, bounds)[0]

@@ -6,12 +6,13 @@ An objective is a function that returns the target, and OBJECTIVES names them; e
 
 with x [B, ...] clean pictures, teacher and student plain denoisers (`diffusion.guidance`; a guided
 or thresholded teacher is one too), `schedule` logsnr(t), `steps` the number N of DDIM steps in
-which the student is to draw, and `fraction`, a scalar, how far training has come, from 0 to 1.
-What comes back carries no gradient, and is float32 where x is less.
+which the student is to draw, and `fraction` how far training has come, from 0 to 1; either may be
+traced, one program serves them all. What comes back carries no gradient of teacher or student, and
+is float32 where x is less.
 
-All of it is made of DDIM's step from t to s, which with d = (logsnr_t - logsnr_s) / 2 is
+All of it is made of DDIM's step from t to s,
 
-    z_s = (sigma_s / sigma_t) z_t + alpha_s (1 - e^d) x_hat.
+    z_s = (sigma_s / sigma_t) z_t + alpha_s (1 - e^½(logsnr_t - logsnr_s)) x_hat.
 
 Two steps in a row, t → m → s, are one step with a mean of their pictures (`joined`): a target is
 never taken from a difference of z's, which at logsnr -20 would leave it no digits. The last step of
@@ -30,6 +31,7 @@ from jax import Array
 from cascade.diffusion.guidance import Denoise
 from cascade.diffusion.losses import Weighting, stratified_times
 from cascade.diffusion.process import Prediction, along_batch, diffuse, predictions
+from cascade.diffusion.samplers import ddim_step
 from cascade.diffusion.schedules import Schedule, alpha_sigma
 from cascade.errors import UserError
 
@@ -71,11 +73,11 @@ def progressive(*, backward: bool) -> Objective:
             z_t = trajectory(student, eps, schedule, steps, logsnr_t, steps - 1)
         else:
             z_t = diffuse(x, eps, logsnr_t)
-        first = _wide(teacher(z_t, logsnr_t).x)
+        first = _answer(teacher, z_t, logsnr_t)
         z_m = ddim_step(z_t, first, logsnr_t, logsnr_m)
-        second = _wide(teacher(z_m, logsnr_m).x)
+        second = _answer(teacher, z_m, logsnr_m)
         target = joined(first, second, logsnr_t, logsnr_m, logsnr_s)
-        return jax.lax.stop_gradient(Example(z_t, logsnr_t, target))
+        return Example(z_t, logsnr_t, target)
 
     return objective
 
@@ -120,14 +122,14 @@ def consistency(*, backward: bool, teacher_steps_start: int, teacher_steps_end: 
             z_t = trajectory(student, eps, schedule, steps, logsnr_t, steps)
         else:
             z_t = diffuse(x, eps, logsnr_t)
-        first = _wide(teacher(z_t, logsnr_t).x)
+        first = _answer(teacher, z_t, logsnr_t)
         spread = _guessed_spread(logsnr_t) if backward else _measured_spread(first, x)
         first = adjusted(first, z_t, spread, logsnr_t, logsnr_s)
         z_s = ddim_step(z_t, first, logsnr_t, logsnr_s)
         # Where s is the clean end the student's answer counts nothing; its level is a finite one.
-        second = _wide(student(z_s, jnp.minimum(logsnr_s, schedule(0.0))).x)
+        second = _answer(student, z_s, jnp.minimum(logsnr_s, schedule(0.0)))
         target = joined(first, second, logsnr_t, logsnr_s, logsnr_r)
-        return jax.lax.stop_gradient(Example(z_t, logsnr_t, target))
+        return Example(z_t, logsnr_t, target)
 
     return objective
 
@@ -148,7 +150,7 @@ def matching() -> Objective:
         time_key, noise_key = jax.random.split(key)
         logsnr_t = schedule(stratified_times(time_key, len(x)))
         z_t = diffuse(x, jax.random.normal(noise_key, x.shape, x.dtype), logsnr_t)
-        return jax.lax.stop_gradient(Example(z_t, logsnr_t, _wide(teacher(z_t, logsnr_t).x)))
+        return Example(z_t, logsnr_t, _answer(teacher, z_t, logsnr_t))
 
     return objective
 
@@ -165,16 +167,6 @@ def distillation_loss(prediction: Prediction, example: Example, weighting: Weigh
     v = predictions(example.x, example.z_t, example.logsnr_t, "x").v
     error = jnp.mean(jnp.square(v - prediction.v), axis=tuple(range(1, v.ndim)))
     return weighting(example.logsnr_t) * jax.nn.sigmoid(example.logsnr_t) * error
-
-
-def ddim_step(z_t: Array, x_hat: Array, logsnr_t: Array, logsnr_s: Array) -> Array:
-    """z_s = (sigma_s / sigma_t) z_t + alpha_s (1 - e^d) x_hat, d = (logsnr_t - logsnr_s) / 2.
-
-    It is z_t to the bit where s = t, and x_hat where logsnr_s = ∞. logsnr are scalars or [B].
-    """
-    t, s = along_batch(logsnr_t, z_t), along_batch(logsnr_s, z_t)
-    keep = jnp.exp(0.5 * (jax.nn.log_sigmoid(-s) - jax.nn.log_sigmoid(-t)))
-    return keep * z_t + alpha_sigma(s)[0] * _shrunk(t, s) * x_hat
 
 
 def joined(first: Array, second: Array, logsnr_t: Array, logsnr_m: Array, logsnr_s: Array) -> Array:
@@ -232,9 +224,9 @@ def trajectory(
 
     def step(n, z):
         start, end = (jnp.full_like(logsnr_t, schedule(1.0 - k / steps)) for k in (n, n + 1))
-        x_hat = _wide(student(z, start).x)
-        # A picture that has arrived takes steps of no length.
-        return ddim_step(z, x_hat, start, jnp.clip(logsnr_t, start, end))
+        x_hat = _answer(student, z, start)
+        on_the_way = along_batch(start < logsnr_t, z)
+        return jnp.where(on_the_way, ddim_step(z, x_hat, start, jnp.minimum(end, logsnr_t)), z)
 
     return jax.lax.fori_loop(0, most, step, z_1)
 
@@ -273,10 +265,16 @@ def _guessed_spread(logsnr):
     return 0.1 / (2.0 + jnp.exp(logsnr))
 
 
+def _answer(denoise, z, logsnr):
+    """x_hat as `_wide` has it, and a constant to whoever differentiates."""
+    return jax.lax.stop_gradient(_wide(denoise(z, logsnr).x))
+
+
 def _wide(x):
+    """float32 at least."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _check_steps(steps):
-    if steps < 1:
+    if isinstance(steps, int) and steps < 1:
         raise UserError(f"A student was asked to draw in {steps} steps; give 1 or more.")
