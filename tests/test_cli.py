@@ -2,23 +2,19 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 
-import click
 import pytest
 from click.testing import CliRunner
 from one_level import flags
 from PIL import Image
 from processes import QUICK
 from tiny_cascade import stage_config, trained
-from tqdm import tqdm
 
 from cascade.bundle import save_bundle
-from cascade.cli import OneSentence, main
-from cascade.errors import UserError
+from cascade.cli import main
 from cascade.images import read_metadata
 from cascade.text.encoders import ENCODERS
 
@@ -49,26 +45,9 @@ def bundle(tmp_path_factory):
     return save_bundle(folder, stages, TEXT, encoder)
 
 
-def test_a_sentence_has_its_own_line_where_a_bar_is_open():
-    @click.group(cls=OneSentence)
-    def group():
-        pass
-
-    @group.command()
-    def fail():
-        bar = tqdm(total=3)
-        bar.update(0)
-        raise UserError("It broke.")
-
-    result = CliRunner().invoke(group, ["fail"])
-    assert result.exit_code == 2
-    *_, bar, said, end = re.split("[\r\n]", result.stderr)
-    assert "0/3" in bar and (said, end) == ("error: It broke.", "")
-
-
 COMMANDS = [
-    "", "demo", "data", "data build", "data cifar10", "embed", "train", "describe", "bundle", "sample", "upscale",
-    "evaluate", "import", "import deepfloyd", "export", "plan", "tune-steps",
+    "", "demo", "data", "data build", "data cifar10", "embed", "train", "describe", "bundle",
+    "sample", "upscale", "evaluate", "import", "import deepfloyd", "export", "plan", "tune-steps",
 ]  # fmt: skip
 
 

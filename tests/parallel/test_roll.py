@@ -1,13 +1,18 @@
 """The roll call: who isn't there, who doesn't fit, and who is no process of ours."""
 
 import json
+import re
 import socket
 import threading
 import time
 
+import click
 import pytest
+from click.testing import CliRunner
 from processes import free_port
+from tqdm import tqdm
 
+from cascade.cli import OneSentence
 from cascade.errors import UserError
 from cascade.parallel import roll
 from cascade.parallel.environments import Place
@@ -162,3 +167,20 @@ def test_another_version_is_named(monkeypatch):
     monkeypatch.setattr(roll, "versions", lambda: next(calls))
     said = call([zero, one])
     assert said[0] == said[1] and "has jax " in said[0] and "0.0.1" in said[0]
+
+
+def test_a_sentence_has_its_own_line_where_a_bar_is_open():
+    @click.group(cls=OneSentence)
+    def group():
+        pass
+
+    @group.command()
+    def fail():
+        bar = tqdm(total=3)
+        bar.update(0)
+        raise UserError("It broke.")
+
+    result = CliRunner().invoke(group, ["fail"])
+    assert result.exit_code == 2
+    *_, bar, said, end = re.split("[\r\n]", result.stderr)
+    assert "0/3" in bar and (said, end) == ("error: It broke.", "")
