@@ -1,4 +1,4 @@
-"""Progressive and guided distillation against closed forms: what one step stands for, and ends."""
+"""Progressive and guided distillation against closed forms: what one step of a student stands for."""
 
 import itertools
 
