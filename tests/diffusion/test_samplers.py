@@ -42,9 +42,11 @@ def errors(name, data, limits, all_steps, run=samplers.integrate):
     end = 60.0 if run is samplers.sample else schedule(0.0)
     exact = exact_solution(data, z, schedule(1.0), end)
     draw = jax.jit(lambda levels: run(build(name), denoise, z, levels, keys))
-    return np.array(
-        [np.abs(draw(spacings.uniform()(schedule, n)) - exact).max() for n in all_steps]
-    )
+    all_levels = [spacings.uniform()(schedule, n) for n in all_steps]
+    if run is samplers.integrate:  # steps that go nowhere change nothing, and save compiling
+        longest = max(all_steps) + 1
+        all_levels = [jnp.pad(each, (0, longest - len(each)), "edge") for each in all_levels]
+    return np.array([np.abs(draw(levels) - exact).max() for levels in all_levels])
 
 
 def order(all_steps, all_errors):
@@ -111,26 +113,29 @@ SPACING_SECTIONS = [
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("kind", process.KINDS)
 @pytest.mark.parametrize("name", SECTIONS)
-def test_any_network_gives_finite_pictures_from_any_levels(name, kind, dtype):
+def test_any_network_gives_finite_pictures_from_any_levels(name, dtype):
     """bfloat16 can't tell some of these levels apart."""
     assert {section["name"] for section in SPACING_SECTIONS} == set(spacings.SPACINGS)
 
-    def denoise(z_t, logsnr):
-        return Denoised(process.predictions(jnp.sin(3 * z_t), z_t, logsnr, kind).x)
-
     @jax.jit
-    def draw(levels):
+    def draw(levels, kind):
+        def denoise(z_t, logsnr):
+            output = jnp.sin(3 * z_t)
+            every = [process.predictions(output, z_t, logsnr, each).x for each in process.KINDS]
+            return Denoised(jax.lax.select_n(kind, *every))
+
         keys = picture_keys(2)
         z_1 = process.picture_noise(keys, (4, 4, 3), dtype)
         return samplers.sample(build(name), denoise, z_1, levels, keys)
 
     for section in SPACING_SECTIONS:
         spacing = registry.build("spacing", spacings.SPACINGS, section)
-        pictures = draw(spacing(schedules.cosine(**BOUNDS), 5))
-        assert pictures.dtype == dtype
-        assert np.all(np.isfinite(pictures)), section
+        levels = spacing(schedules.cosine(**BOUNDS), 5)
+        for kind in range(len(process.KINDS)):
+            pictures = draw(levels, kind)
+            assert pictures.dtype == dtype
+            assert np.all(np.isfinite(pictures)), (section, process.KINDS[kind])
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -144,7 +149,7 @@ def test_a_step_that_goes_nowhere_stays(name, dtype):
     np.testing.assert_allclose(np.float32(stays), np.float32(z), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("name", SECTIONS)
 def test_the_last_step_lands_on_x_hat_after_the_expected_evaluations(name, steps):
     seen = []
