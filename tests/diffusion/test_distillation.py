@@ -1,4 +1,4 @@
-"""Progressive and guided distillation against closed forms: what one step of a student stands for."""
+"""Progressive and guided distillation against closed forms: what one student step stands for."""
 
 import itertools
 
