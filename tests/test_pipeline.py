@@ -339,7 +339,7 @@ def test_a_stage_alone_that_enlarges_does_just_that(pipe, stages):
     picture = np.zeros((8, 8, 3), np.uint8)
     enlarged = alone.upscale(picture, "moon", stage=0, steps=1, progress=False)
     assert enlarged.shape == (1, 16, 16, 3)
-    with pytest.raises(UserError, match="no base stage.*cascade upscale --stage 0"):
+    with pytest.raises(UserError, match=r"no base stage.*cascade upscale --stage 0"):
         alone("moon", progress=False)
 
 
