@@ -136,11 +136,12 @@ def check_rule(rule):
         pattern, spec = rule
         re.compile(pattern)
         axes = [axis for entry in spec for axis in (entry if type(entry) is tuple else (entry,))]
-        sound = isinstance(spec, tuple) and set(axes) <= {None, *AXES}
+        named = [axis for axis in axes if axis is not None]
+        sound = isinstance(spec, tuple) and set(named) <= {*AXES} and len(set(named)) == len(named)
     except (TypeError, ValueError, re.error):
         sound = False
     if not sound:
         raise UserError(
             f"config.sharding_rules holds {rule!r}; give (pattern, spec) pairs such as "
-            f"('conv.*kernel', (None, 'fsdp')), with the axes {', '.join(AXES)}."
+            f"('conv.*kernel', (None, 'fsdp')), with the axes {', '.join(AXES)}, each at most once."
         )

@@ -112,6 +112,8 @@ def test_any_wrong_type_is_named(path):
         ("--config.sharding_rules=(('(',('fsdp',)),)", "config.sharding_rules holds ('(', "),
         ("--config.sharding_rules=(('a','fsdp'),)", "config.sharding_rules holds ('a', 'fsdp')"),
         ("--config.sharding_rules=(('a',('row',)),)", "config.sharding_rules holds ('a', ('row'"),
+        ("--config.sharding_rules=(('a',('fsdp','fsdp')),)", "each at most once"),
+        ("--config.sharding_rules=(('a',(('data','fsdp'),'data')),)", "each at most once"),
         ("--train.steps=3", "--train.steps=3"),
         ("steps=3", "steps=3"),
     ],
