@@ -2,7 +2,7 @@
 
     python bench/plan.py table                     # three stages × three TPU topologies
     python bench/plan.py table --stages sr256_600m --topologies v5e-256
-    python bench/plan.py table --largest           # and the largest batch that each takes
+    python bench/plan.py table --tries 2           # and how large a batch each takes
     python bench/plan.py scaling                   # FSDP on 16 … 512 chips of v5p
     python bench/plan.py scaling --override --config.stage.network.channels=128     # quicker
 
@@ -37,9 +37,9 @@ def main():
 @main.command()
 @click.option("--stages", default=",".join(STAGES), show_default=True)
 @click.option("--topologies", default=",".join(TOPOLOGIES), show_default=True)
-@click.option("--largest", is_flag=True, help="Compile until the largest batch is known too.")
+@click.option("--tries", default=0, help="Compilations spent on the largest batch that fits.")
 @click.option("--override", multiple=True, help="--config.a.b=value, of every stage.")
-def table(stages, topologies, largest, override):
+def table(stages, topologies, tries, override):
     """Each stage's training step, as its config has it, on each topology."""
     from cascade import config
 
@@ -49,10 +49,10 @@ def table(stages, topologies, largest, override):
         for topology in topologies.split(","):
             measured = measure(loaded, topology)
             rows.append(row(stage, topology, loaded.train.batch_size, measured))
-            if largest:
-                rows[-1] |= largest_batch(loaded, topology, measured)
+            if tries:
+                rows[-1] |= largest_batch(loaded, topology, measured, tries)
             click.echo(rows[-1])
-            write("plan-table", rows, ["--largest"] * largest, override)
+            write("plan-table", rows, [f"--tries {tries}"] if tries else [], override)
 
 
 @main.command()
@@ -100,18 +100,20 @@ def row(stage: str, topology: str, batch: int, measured) -> dict:
     }
 
 
-def largest_batch(config, topology: str, measured) -> dict:
-    """The largest batch that fits, in whole pictures a chip, and what it takes.
+def largest_batch(config, topology: str, measured, tries: int) -> dict:
+    """How large a batch fits, in whole pictures a chip: the largest known to, the least not to.
 
-    Memory grows about evenly with the batch, so each next one tried lies on the line through the
-    last two; the search ends where one more picture a chip doesn't fit.
+    Memory grows about evenly with the batch, so each one tried lies on the line through the two
+    that come nearest to the chip's memory; no more is tried where one more picture doesn't fit.
     """
     shares = measured.mesh["data"] * measured.mesh["fsdp"]
     room = estimate(measured, 1, 0.4).capacity - MACHINE_CODE
-    resident = measured.peak_bytes - measured.temporary_bytes
-    tried = {0: resident, config.train.batch_size // shares: measured.peak_bytes}
-    fitting, refused = max(tried), None
-    while refused is None or refused - fitting > 1:
+    own = config.train.batch_size // shares
+    tried = {0: measured.peak_bytes - measured.temporary_bytes, own: measured.peak_bytes}
+    fitting, refused = own, None
+    for _ in range(tries):
+        if refused == fitting + 1:
+            break
         (a, at_a), (b, at_b) = sorted(tried.items(), key=lambda one: abs(one[1] - room))[:2]
         guess = max(int(a + (room - at_a) * (b - a) / (at_b - at_a)), fitting + 1)
         guess = guess if refused is None else min(guess, refused - 1)
@@ -121,7 +123,7 @@ def largest_batch(config, topology: str, measured) -> dict:
             fitting = guess
         else:
             refused = guess
-    return {"largest batch": fitting * shares, "then GB": tried[fitting] / 1e9}
+    return {"fits": fitting * shares, "refused": refused * shares if refused else ""}
 
 
 def write(name: str, rows: list[dict], flags: list[str], override):

@@ -69,6 +69,9 @@ def plan(
         raise UserError(f"--utilisation is {utilisation:g}; give a share above 0 and at most 1.")
     if host_memory is not None and not host_memory > 0:
         raise UserError(f"--host-memory is {host_memory:g}; give GiB above 0.")
+    given = ctx.get_parameter_source("tries") == click.core.ParameterSource.COMMANDLINE
+    if given and not search:
+        raise UserError("--tries limits --search; give both, or neither.")
     if tries < 1:
         raise UserError(f"--tries is {tries}; give at least 1.")
     if sample and search:

@@ -41,6 +41,7 @@ TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 PHASES = ("trace", "lower", "compile", "read")  # what the child says it is at
+COMPILER = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # what users tell compilers by
 # This package's files that a step is made of, or read with.
 PROGRAM = ("stage.py", "diffusion/*.py", "networks/*.py", "parallel/*.py", "training/*.py")
 # Sections of a config that change no program.
@@ -160,8 +161,9 @@ def _cache_file(request: dict) -> pathlib.Path:
             code.update(path.read_bytes())
     found = {d: _version(d) for d in ("jax", "jaxlib", "libtpu", "flax", "optax")}
     key = [request | {"config": kept}, found, code.hexdigest()]
-    if request["topology"] == LOCAL:  # the same word on another machine, or with fake devices
-        key.append([os.environ.get(name) for name in ("JAX_PLATFORMS", "XLA_FLAGS")])
+    key.append([os.environ.get(name) for name in COMPILER])
+    if request["topology"] == LOCAL:  # the same word on another machine, or with other devices
+        key.append([os.environ.get(name) for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES")])
         key.append(os.uname().nodename)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return pathlib.Path.home() / ".cache" / "cascade" / "plans" / f"{digest}.json"
@@ -185,7 +187,10 @@ def _ask_child(request: dict, host_limit: float, progress: bool) -> dict:
     ):
         request = request | {"dump": None if request["machine_code"] else dump}
         if request["dump"]:
-            environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags(dump)}"
+            told = os.environ.get("XLA_FLAGS", "").split()
+            own_dumps = [flag for flag in told if flag.startswith("--xla_dump")]
+            kept = [flag for flag in told if flag not in own_dumps]
+            environment["XLA_FLAGS"] = " ".join([*kept, flags(dump)])
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "cascade.parallel.ahead"],
             stdin=subprocess.PIPE,
@@ -196,7 +201,7 @@ def _ask_child(request: dict, host_limit: float, progress: bool) -> dict:
         )
         with _guarded(child, host_limit) as guard:
             child.stdin.write(json.dumps(request) + "\n")
-            child.stdin.close()
+            child.stdin.flush()  # and it stays open: where it ends, so does the child
             answer = _follow(child.stdout, progress)
             child.wait()
         if guard.struck:
@@ -208,9 +213,11 @@ def _ask_child(request: dict, host_limit: float, progress: bool) -> dict:
             raise UserError(answer["error"])
         if "measured" not in answer:
             complaints.seek(0)
+            told = [f"without {name}" for name in COMPILER if os.environ.get(name)]
             raise UserError(
                 f"Compiling for {request['topology']} failed (exit code {child.returncode}: "
-                f"{_last_error(complaints)}); try a smaller batch or another mesh."
+                f"{_last_error(complaints)}); try "
+                f"{', or '.join([*told, 'a smaller batch or another mesh'])}."
             )
         return answer["measured"]
 
@@ -264,6 +271,7 @@ def _guarded(child: subprocess.Popen, limit: float) -> Iterator[_Guard]:
         watcher.join()
         child.kill()
         child.wait()
+        child.stdin.close()
         child.stdout.close()
 
 

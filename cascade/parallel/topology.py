@@ -110,7 +110,8 @@ def parse(name: str, slices: int = 1) -> Topology:
     Raises:
       UserError: no such generation or size.
     """
-    match = re.fullmatch(r"(?:(\d{1,4})x)?(v\d[ep]?)-(\d{1,6})", name.strip().lower())
+    plain = name.strip().lower().replace("v5litepod-", "v5e-")  # Google's own word for it
+    match = re.fullmatch(r"(?:(\d{1,4})x)?(v\d[ep]?)-(\d{1,6})", plain)
     if not match or match[2] not in CHIPS:
         raise UserError(
             f"Unknown topology {name!r}; give a generation and a size such as v5p-512 or 2xv5e-256 "

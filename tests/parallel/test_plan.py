@@ -2,13 +2,18 @@
 
 import importlib.util
 import json
+import os
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import pytest
 from click.testing import CliRunner
 from tiny_cascade import tiny_experiment
 
+from cascade import config as configs
 from cascade.cli import main
 from cascade.errors import UserError
 from cascade.parallel import plan
@@ -114,6 +119,41 @@ def test_a_folder_beside_it_isnt_taken_for_the_package(tiny, tmp_path, monkeypat
         plan.measure(plan.changed(tiny, mesh="fsdp=7"), "local")
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="asks /proc which processes there are")
+def test_a_plan_that_is_killed_leaves_no_compiler_behind():
+    program = (
+        "from cascade import config; from cascade.parallel import plan; "
+        "plan.measure(config.load('configs/emoji/base64.py'), 'local')"  # minutes, if it may
+    )
+    killed = subprocess.Popen([sys.executable, "-c", program])
+    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children")
+    while not (found := children.read_text().split()):
+        time.sleep(0.05)
+    (child,) = found
+    time.sleep(1.0)
+    killed.kill()
+    killed.wait()
+    end = time.monotonic() + 30
+    while is_running(child) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(pid: str) -> bool:
+    """Whether there is such a process that is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_the_compiler_is_told_is_part_of_what_is_kept(tiny, monkeypatch):
+    request = {"config": configs.to_json(tiny), "topology": "v5e-4", "sample": False}
+    before = plan._cache_file(request)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_something=1")
+    assert plan._cache_file(request) != before
+
+
 def test_the_longest_bound_binds():
     found = estimate(measured(), 2048, utilisation=0.5)
     assert found.binds == "arithmetic" and found.fits
@@ -178,6 +218,21 @@ def test_search_says_where_nothing_fits(tiny, monkeypatch):
     assert "Nothing that was tried fits" in table(found)
 
 
+def test_search_looks_at_every_mesh_and_goes_on_after_a_failure(tiny, monkeypatch, capsys):
+    def compiled(config, topology, **_):
+        if config.mesh.fsdp == 8:
+            raise UserError("It was too much.")
+        fsdp = max(config.mesh.fsdp, 1)
+        return measured(mesh={"data": 8 // fsdp, "fsdp": fsdp, "tensor": 1}, devices=8)
+
+    monkeypatch.setattr("cascade.parallel.search.measure", compiled)
+    found = search(tiny, "v5e-8", tries=2, utilisation=0.4)
+    assert [one.mesh["fsdp"] for one in found] == [1, 8]
+    assert "It was too much." in table(found) and "It was too much." in capsys.readouterr().err
+    slices = search(tiny, "2xv5e-4", tries=20, utilisation=0.4)  # each holds a whole copy
+    assert {one.mesh["data"] % 2 for one in slices} == {0}
+
+
 @pytest.mark.parametrize("tries", [1, 3, 60])
 def test_search_keeps_to_its_tries_and_puts_the_best_first(tiny, monkeypatch, tries):
     def compiled(config, topology, **_):
@@ -221,6 +276,7 @@ def test_search_keeps_to_its_tries_and_puts_the_best_first(tiny, monkeypatch, tr
         (["--topology", "v5e-4", "--host-memory", "nan"], "--host-memory"),
         (["--topology", "v5e-4", "--search", "--sample"], "leave out --sample"),
         (["--topology", "v5e-4", "--search", "--tries", "0"], "--tries"),
+        (["--topology", "v5e-4", "--tries", "3"], "--search"),
     ],
 )
 def test_mistakes_are_sentences(options, said):

@@ -35,6 +35,7 @@ def test_slices_may_be_given_apart(topology):
         ("v5e-256", 256, "v5e:16x16"),
         ("v5p-512", 256, "v5p:4x8x8"),
         ("v6e-256", 256, "v6e:16x16"),
+        ("v5litepod-8", 8, "v5e:2x4"),
         ("v4-8", 4, "v4:2x2x1"),
         ("2xv5p-256", 256, "v5p:4x4x8"),
     ],
