@@ -9,6 +9,7 @@ from cascade import registry
 from cascade.diffusion.samplers import SAMPLERS
 from cascade.diffusion.spacings import check_levels
 from cascade.errors import UserError
+from cascade.networks import NETWORKS
 from cascade.parallel.mesh import AXES
 from cascade.schema import SAMPLING, SAMPLING_RANGES, STAGE, STAGE_RANGES, Part
 from cascade.students import check_drawing
@@ -23,6 +24,8 @@ def check_stage(stage: Mapping):
     """
     check_tree("config.stage", stage, STAGE)
     check_ranges("config.stage", stage, STAGE_RANGES)
+    supplied = {"out_channels": stage["channels"], "super_resolution": False, "layout": None}
+    registry.build("network", NETWORKS, stage["network"], **supplied).check()
     check_sampling(stage["sampling"], "config.stage.sampling")
     check_drawing(stage, stage["sampling"])
     if stage["output"] not in ("x", "eps", "v"):

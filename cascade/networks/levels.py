@@ -32,6 +32,7 @@ REMAT = {
         offload_dst="pinned_host",
     ),
 }
+BEFORE_POLICIES = {"False": "none", "True": "blocks"}  # what overrides of `remat` once were
 
 
 class Block(nn.Module):

@@ -31,7 +31,7 @@ from cascade.networks.layers import (
     Style,
     conv3x3,
 )
-from cascade.networks.levels import REMAT, Level
+from cascade.networks.levels import BEFORE_POLICIES, REMAT, Level
 from cascade.parallel.layout import Layout
 
 RESAMPLINGS = ("block", "nearest", "shuffle")
@@ -163,7 +163,8 @@ class UNet(nn.Module):
           UserError: fields contradict each other, a size isn't a multiple of `divisor`, or a
             condition is missing.
         """
-        self._check(z_t, cond)
+        self.check()
+        self._check_inputs(z_t, cond)
         style = Style(
             self.norm_groups,
             self.activation,
@@ -266,8 +267,8 @@ class UNet(nn.Module):
             name=way if way == "middle" else f"{way}_{i}",
         )
 
-    def _check(self, z_t, cond) -> None:
-        """Raises a UserError where fields or inputs contradict each other."""
+    def check(self) -> None:
+        """Raises a UserError where a field has no such value, or fields contradict each other."""
         levels = len(self.channel_mults)
         for field in ("num_blocks", "strides", "self_attention", "text_attention"):
             if len(getattr(self, field)) != levels:
@@ -289,8 +290,10 @@ class UNet(nn.Module):
         for field, allowed in choices.items():
             value = getattr(self, field)
             if not set(value if isinstance(value, tuple) else (value,)) <= set(allowed):
+                now = BEFORE_POLICIES.get(value) if field == "remat" else None
+                hint = f", which is {now!r} now" if now else ""
                 raise UserError(
-                    f"The network's {field} is {value!r}; choose from {', '.join(allowed)}."
+                    f"The network's {field} is {value!r}{hint}; choose from {', '.join(allowed)}."
                 )
         if self.entry_skips and self.skips == "level":
             raise UserError(
@@ -315,6 +318,9 @@ class UNet(nn.Module):
                         f"Level {i} of the network has {width} channels, not a multiple of its "
                         f"{field} {getattr(self, field)}; change either."
                     )
+
+    def _check_inputs(self, z_t, cond) -> None:
+        """Raises a UserError where inputs don't fit the fields."""
         _, height, width, _ = z_t.shape
         if min(height, width) < 1 or height % self.divisor or width % self.divisor:
             raise UserError(
