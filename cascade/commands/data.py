@@ -40,7 +40,7 @@ def build(dataset, out, variant, resolution, scenes, seed):
 )
 @click.option("--out", required=True, help="Folder for the record files.")
 def cifar10(package, out):
-    """Write CIFAR-10 into ArrayRecord files, with class names as captions.
+    """Write CIFAR-10 as shards captioned by class names.
 
     A finished one is reused.
 

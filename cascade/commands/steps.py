@@ -28,7 +28,7 @@ import click
 @click.option("--out", help="Folder of a new bundle. [default: written into the one that is read]")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is at --out.")
 def tune_steps(bundle, prompt, **options):
-    """Search the noise levels at which a stage draws best in few steps.
+    """Search the noise levels that are best for a few steps.
 
     Pictures are drawn once in many steps, and levels are searched at which few steps come near to
     them. They are kept in the bundle, and `cascade sample` uses them wherever sampler and number
