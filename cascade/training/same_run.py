@@ -31,7 +31,7 @@ FIXED_DISTILLING = (
     "distill.objective",
 )
 # What may: where the same data lies on this machine, and what a step recomputes.
-PLACES = ("data_dir", "path", "files")
+PLACES = ("data_dir", "path", "files", "root")
 COMPUTED = ("remat",)
 
 
