@@ -5,6 +5,7 @@ checkpoint as it was. It doesn't notice a flipped bit and has no way back from a
 folder; the checksum and `restore` here add both.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -184,6 +185,13 @@ class Checkpoints:
         """The newest step that is on disk once the one in flight is, or None."""
         self.wait()
         return max(self.manager.all_steps(read=True), default=None)
+
+    def newest_meta(self) -> tuple[dict, int] | None:
+        """(meta, step) of the newest checkpoint whose meta can be read, or None."""
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            with contextlib.suppress(Exception):  # `restore` says what is wrong with it
+                return self._meta(step, (FORMAT_VERSION,)), step
+        return None
 
     def restore(self, abstract_state, iterator=None, check=lambda meta, step: None):
         """The newest checkpoint that is whole, or None where there is none.

@@ -1,5 +1,6 @@
 """Training one stage, from a config to checkpoints."""
 
+import functools
 import itertools
 
 import jax
@@ -8,13 +9,15 @@ from cascade import config as configs
 from cascade.data.loader import make_loader, make_source
 from cascade.data.sources import captions_of
 from cascade.errors import UserError
+from cascade.files import check_writable
 from cascade.parallel import mesh as meshes
 from cascade.parallel import processes
 from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
 from cascade.text.on_the_fly import Tokenized
+from cascade.training.checkpoint import Checkpoints
 from cascade.training.loop import Place, Task, run
-from cascade.training.same_run import without_places
+from cascade.training.same_run import check_same_run, without_places
 
 
 def train(config, workdir, *, progress: bool = True):
@@ -41,10 +44,23 @@ def train(config, workdir, *, progress: bool = True):
     progress = progress and jax.process_index() == 0
     place = Place.of(config)
     Stage(config.stage)  # refuses what doesn't fit before the data is looked at
+    check_folder(config, workdir, place)
     batches, evaluation, null_text = inputs(config, place.encoder, place.mesh, progress)
     stage = Stage(config.stage, null_text, place.layout)
     task = Task(stage, stage.init, stage.loss, lambda step: (), 3 * stage.forward_flops)
     return run(task, config, workdir, place, batches, evaluation, progress)
+
+
+def check_folder(config, workdir, place: Place):
+    """Raises a UserError where a run's folder can't be written or holds another run."""
+    meshes.on_all_processes(functools.partial(check_writable, workdir, "run"), place.mesh)
+    checkpoints = Checkpoints(workdir, read_only=True)
+
+    def check():
+        if newest := checkpoints.newest_meta():
+            check_same_run(config, place.encoder.fingerprint, *newest)
+
+    meshes.on_all_processes(check, place.mesh)
 
 
 def inputs(config, encoder, mesh, progress: bool):

@@ -14,8 +14,10 @@ from cascade.cli import main
 from cascade.errors import UserError
 from cascade.text.bert import VENDORED
 from cascade.training import metrics
+from cascade.training import train as training
 from cascade.training.export import bundle_runs
 from cascade.training.loop import write_config
+from cascade.training.same_run import check_same
 from cascade.training.train import train
 
 SMOKE = "configs/emoji/base64.py:smoke"
@@ -70,10 +72,35 @@ def test_a_finished_run_started_again_changes_nothing(run, remat):
     assert (run[0] / "metrics.jsonl").read_text() == before
 
 
+@pytest.fixture
+def no_data(monkeypatch):
+    """Whatever is refused is so before the data is looked at and captions are embedded."""
+    monkeypatch.setattr(training, "inputs", lambda *_: pytest.fail("the data was looked at"))
+
+
+def test_a_folder_that_cannot_be_made_is_refused(run, tmp_path, no_data):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Can't write the run"):
+        train(run[1], tmp_path / "file" / "run", progress=False)
+
+
+def test_a_table_and_its_pictures_may_move_but_not_be_read_otherwise(run):
+    def reading(files, root, column):
+        read = run[1].copy_and_resolve_references()
+        names = {"file_column": column, "caption_column": "caption"}
+        read.data.source = {"name": "parquet", "files": files, "root": root, **names}
+        return read
+
+    saved = config.to_json(reading("/here/*.parquet", "/here", "file"))
+    check_same(reading("/there/*.parquet", "/there", "file"), saved, "another run")
+    with pytest.raises(UserError, match="file_column is 'path' now and was 'file'"):
+        check_same(reading("/here/*.parquet", "/here", "path"), saved, "another run")
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("seed", 1), ("stage.network.channels", 32), ("train.ema_decay", 0.5)]
 )
-def test_another_config_in_the_same_folder_is_refused_by_key(run, key, value):
+def test_another_config_in_the_same_folder_is_refused_by_key(run, key, value, no_data):
     other = run[1].copy_and_resolve_references()
     *sections, last = key.split(".")
     section = other
