@@ -90,6 +90,12 @@ read_secrets() {
   done <"$1"
 }
 
+# check_secrets FILE: fails where read_secrets would; a dry run only says that there is no such file.
+check_secrets() {
+  if [[ ${dry_run:-no} == no ]]; then (read_secrets "$1"); return; fi
+  [[ -f $1 && -r $1 ]] || say "note: the secrets file $1 can't be read here, so a real run would fail."
+}
+
 # wait_for GRACE PID...: returns once all have ended, with their highest exit code. Where one has
 # failed, the others have GRACE seconds to stop by themselves, then are ended. Signals to this
 # shell are handled meanwhile.

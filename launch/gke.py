@@ -21,7 +21,6 @@ sys.path.insert(0, str(HERE))
 import tpu_names  # noqa: E402
 
 from cascade.errors import UserError  # noqa: E402
-from cascade.parallel.topology import parse  # noqa: E402
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # the pods' host names are longer by 23
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
@@ -63,10 +62,10 @@ def storage(workdir: str, claim: str | None) -> dict:
     """
     if claim is None:
         match = BUCKET.fullmatch(workdir)
-        if not match:
+        if not match or ".." in workdir.split("/"):
             raise UserError(
-                f"--workdir is {workdir!r}; give gs://BUCKET/PATH, or a path in the volume claim "
-                "that --claim names: all pods must share it."
+                f"--workdir is {workdir!r}; give gs://BUCKET/PATH without '..', or a path in the "
+                "volume claim that --claim names: all pods must share it."
             )
         mount = f"/gcs/{match[1]}"
         # Checkpoints are folders that are renamed when whole.
@@ -105,7 +104,7 @@ def hardware(settings: dict) -> tuple[str, dict]:
     if topology is not None:
         if settings["nodes"] is not None:
             raise UserError("--nodes goes with --gpus; --topology tells how many hosts there are.")
-        slices = parse(topology)
+        slices = tpu_names.rented(topology)
         hosts, chips = tpu_names.hosts(slices, settings["chips_per_host"])
         return "gke_tpu.yaml", {
             "accelerator": tpu_names.NODE_LABELS[slices.generation],

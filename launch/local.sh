@@ -28,6 +28,7 @@ HELP
 
 workdir='' processes=2 gpus=0 port=8476 secrets='' retries=10 backoff=10 dry_run=no
 while (($#)); do
+  [[ $1 != --?*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}" # --option=value
   case $1 in
     -h | --help) usage; exit 0 ;;
     --dry-run) dry_run=yes; shift ;;
@@ -65,6 +66,7 @@ one_process() {
 
 train=(cascade train --workdir "$workdir" "$@")
 if [[ $dry_run == yes ]]; then
+  [[ -z $secrets ]] || check_secrets "$secrets"
   [[ -z $secrets ]] || echo "# The NAME=value lines of $secrets are added to the environment."
   for ((i = 0; i < processes; i++)); do
     one_process "$i"

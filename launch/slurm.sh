@@ -38,11 +38,11 @@ HELP
 workdir='' name=cascade nodes=1 tasks=1 gpus=0 limit='' grace=120 secrets='' retries=10 requeues=100
 dry_run=no more=()
 while (($#)); do
+  [[ $1 != --?*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}" # --option=value
   case $1 in
     -h | --help) usage; exit 0 ;;
     --dry-run) dry_run=yes; shift ;;
     --) shift; break ;;
-    --sbatch=*) handed_on --sbatch "${1#--sbatch=}"; more+=("${1#--sbatch=}"); shift ;;
     --sbatch) handed_on "$@"; more+=("$2"); shift 2 ;;
     --workdir | --name | --nodes | --tasks-per-node | --gpus-per-node | --time | --grace | \
       --secrets | --retries | --requeues)
@@ -76,7 +76,7 @@ need sbatch "run this on a login node of a Slurm cluster"
 need cascade "activate the environment that has it (pip install -e .)"
 if [[ -n $secrets ]]; then
   [[ $secrets == /* ]] || secrets=$PWD/$secrets
-  [[ $dry_run == yes ]] || (read_secrets "$secrets")
+  check_secrets "$secrets"
 fi
 
 options=(

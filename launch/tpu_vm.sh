@@ -52,13 +52,13 @@ case ${1:-} in
   *) fail "'${1:-}' isn't train, create, bootstrap, run, status, logs or delete; see --help." ;;
 esac
 while (($#)); do
+  [[ $1 != --?*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}" # --option=value
   case $1 in
     -h | --help) usage; exit 0 ;;
     --dry-run) dry_run=yes; shift ;;
     --queue) queue=yes; shift ;;
     --spot) spot=yes; shift ;;
     --keep) keep=yes; shift ;;
-    --create=*) handed_on --create "${1#--create=}"; more+=("${1#--create=}"); shift ;;
     --create) handed_on "$@"; more+=("$2"); shift 2 ;;
     --) shift; break ;;
     --name | --zone | --project | --topology | --workdir | --runtime | --secrets | --poll | \
@@ -92,8 +92,9 @@ need gcloud "install the Google Cloud CLI"
 
 case $job in
   train | bootstrap | run)
-    [[ $workdir =~ ^gs://[a-z0-9._-]+/[^/[:cntrl:]][^[:cntrl:]]*$ ]] ||
-      fail "--workdir is '$workdir'; give gs://BUCKET/PATH, which all workers can write to."
+    [[ $workdir =~ ^gs://[a-z0-9._-]+/[^/[:cntrl:]][^[:cntrl:]]*$ && $workdir/ != */../* ]] ||
+      fail "--workdir is '$workdir'; give gs://BUCKET/PATH without '..', which all workers can" \
+        "write to."
     ;;
 esac
 case $job in train | run) training "$@" ;; esac
@@ -252,7 +253,7 @@ case $job in
   logs) logs ;;
   delete) delete ;;
   train)
-    [[ -z $secrets || $dry_run == yes ]] || (read_secrets "$secrets")
+    [[ -z $secrets ]] || check_secrets "$secrets"
     if [[ $dry_run == no ]]; then train "$@"; fi
     pack
     create

@@ -50,7 +50,7 @@ MISTAKES = {
     "local: a bucket": ("local.sh", BUCKET, AWKWARD, "mount"),
     "local: no config": ("local.sh", ("--workdir", "x"), ("--config.seed=1",), "no config"),
     "local: half a process": ("local.sh", ("--processes", "1.5"), AWKWARD, "whole number"),
-    "local: no such option": ("local.sh", ("--proceses=2",), AWKWARD, "--proceses=2"),
+    "local: no such option": ("local.sh", ("--proceses=2",), AWKWARD, "'--proceses'"),
     "local: no value": ("local.sh", ("--workdir",), None, "needs a value"),
     "local: two folders": ("local.sh", ("--workdir", "x"), (*AWKWARD, "--workdir=y"), "before"),
     "slurm: no folder": ("slurm.sh", (), AWKWARD, "--workdir"),
@@ -104,6 +104,10 @@ ODD = {
     "tpu_vm: an odd project": ("tpu_vm.sh", (*TPU, "--project", "-x"), (), "--project is '-x'"),
     "tpu_vm: not an option": ("tpu_vm.sh", (*TPU, "--create", "mine"), (), "--create is 'mine'"),
     "tpu_vm: a whole bucket": ("tpu_vm.sh", (*TPU, "--workdir", "gs://b//"), (), "gs://BUCKET/"),
+    "tpu_vm: up a folder": ("tpu_vm.sh", (*TPU, "--workdir", "gs://b/../r"), (), "without '..'"),
+    "tpu_vm: what is here": ("tpu_vm.sh", (*TPU, "--topology=local"), (), "v5p, v6e)."),
+    "gke: up a folder": ("gke.py", (*GKE, "--workdir", "gs://b/r/.."), (), "without '..'"),
+    "gke: what is here": ("gke.py", (*GKE, "--topology=local"), (), "v5p, v6e)."),
     "gke: an empty image": ("gke.py", (*GKE, "--image", ""), (), "--image"),
     "gke: a spaced image": ("gke.py", (*GKE, "--image", "a b"), (), "--image"),
     "gke: a whole bucket": ("gke.py", (*GKE, "--workdir", "gs://b//"), (), "gs://BUCKET/"),
@@ -147,6 +151,30 @@ def test_a_dry_run_refuses_what_cannot_be_run(name):
 def test_slurm_takes_every_form_of_a_time(limit):
     done = run("slurm.sh", "--workdir", "x", "--time", limit, "--dry-run", "--", *AWKWARD)
     assert done.returncode == 0 and f"--time={limit}" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_options_are_taken_as_one_word_too(name, monkeypatch):
+    script, words = CASES[name]
+    joined = []
+    for word in words:
+        if word.startswith("--") or not joined or not joined[-1].startswith("--"):
+            joined.append(word)
+        else:
+            joined[-1] += f"={word}"
+    printed = dry_run(name)
+    monkeypatch.setitem(CASES, name, (script, tuple(joined)))
+    assert dry_run(name) == printed
+
+
+@pytest.mark.parametrize("script", ["local.sh", "slurm.sh"])
+def test_a_dry_run_says_that_secrets_are_missing(script, tmp_path):
+    secrets = tmp_path / "hf.env"
+    words = ("--workdir", "x", "--secrets", str(secrets), "--dry-run", "--", *AWKWARD)
+    done = run(script, *words)
+    assert done.returncode == 0 and f"{secrets} can't be read here" in done.stderr
+    secrets.write_text("HF_TOKEN=x")
+    assert not run(script, *words).stderr
 
 
 @pytest.mark.parametrize("name", MISTAKES)
