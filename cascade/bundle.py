@@ -208,7 +208,8 @@ def load_bundle(
     contents = _contents(folder)
     text = contents["text"]
     if text_encoder is None:
-        text_encoder = _build_encoder(folder, text["section"], text["weights"], text_weights)
+        section = encoder_section(folder, text, text_weights)
+        text_encoder = build("text encoder", ENCODERS, section)
     if text_encoder.fingerprint != text["fingerprint"]:
         raise UserError(
             f"The text encoder {text_encoder.name!r} isn't the one that {str(folder)!r} was trained"
@@ -258,30 +259,40 @@ def _load_stages(
     return tuple(_load_stage(folder, i, entry, mesh, rules) for i, entry in entries)
 
 
-def _build_encoder(
-    folder: Path, section: Mapping[str, Any], carried: list, weights: str
-) -> TextEncoder:
-    """The text encoder a bundle names, from `weights` or else from those it carries, if any.
+def encoder_section(
+    folder: str | os.PathLike, text: Mapping[str, Any], weights: str = ""
+) -> dict[str, Any]:
+    """The section to build a bundle's text encoder from, which nothing else may be built from.
 
-    It may not itself say where weights are, least of all by a path or a hub id.
+    The bundle may not itself say where weights are, least of all by a path or a hub id.
+
+    Args:
+      folder: the bundle's.
+      text: what it says of its encoder, as `load_stages` returns it.
+      weights: in place of those that it carries, if any; a folder or a hub id.
+
+    Raises:
+      UserError: it says where weights are, or a file that it carries is missing, damaged or not in
+        its folder `text_encoder`.
     """
+    folder, section = Path(folder), dict(text["section"])
     if section.get("weights"):
         raise UserError(
             f"The bundle names a text encoder's weights file ({str(section['weights'])[:80]!r}), "
             "which a bundle may not do; write it again with `cascade bundle`."
         )
     if weights:
-        return build("text encoder", ENCODERS, {**section, "weights": weights})
-    for i, entry in enumerate(carried):
+        return {**section, "weights": weights}
+    for i, entry in enumerate(text["weights"]):
         name = manifest.check_file(folder, f"text encoder file {i}", entry)
         if not name.startswith(f"{WEIGHTS}/"):
             raise UserError(
                 f"The bundle's text encoder has the file {name!r}, which isn't in {WEIGHTS}; "
                 "write the bundle again with `cascade bundle`."
             )
-    if carried:  # an absolute path can't be taken for a hub id
-        section = {**section, "weights": str((folder / WEIGHTS).resolve())}
-    return build("text encoder", ENCODERS, section)
+    if text["weights"]:  # an absolute path can't be taken for a hub id
+        section["weights"] = str((folder / WEIGHTS).resolve())
+    return section
 
 
 def _load_stage(

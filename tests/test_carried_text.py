@@ -14,6 +14,7 @@ from tiny_t5 import write_folder
 from cascade import bundle, digests, manifest
 from cascade.errors import UserError
 from cascade.text.encoders import t5
+from cascade.training.export import bundle_runs
 
 SETTINGS = {
     "max_length": 4,
@@ -144,6 +145,23 @@ def test_it_may_not_say_where_weights_are(folder, weights):
     reseal(folder, lambda m: m["text"]["section"].update(weights=weights))
     with pytest.raises(UserError, match="may not do"):
         bundle.load_bundle(folder)
+
+
+@pytest.mark.parametrize("weights", ["/etc", "google/flan-t5-small"])
+def test_nor_to_those_who_put_it_into_another_bundle(folder, tmp_path, weights):
+    """The files that it carries, and their sums, are right."""
+    reseal(folder, lambda m: m["text"]["section"].update(weights=weights))
+    with pytest.raises(UserError, match="may not do"):
+        bundle_runs([folder], tmp_path / "other")
+
+
+def test_carried_weights_are_proved_before_they_go_into_another_bundle(folder, tmp_path):
+    bundle_runs([folder], tmp_path / "same")
+    data = bytearray((folder / SHARD).read_bytes())
+    data[-1] ^= 1
+    (folder / SHARD).write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.safetensors.*damaged"):
+        bundle_runs([folder], tmp_path / "other")
 
 
 def test_weights_in_cascade_json_of_another_kind(folder):

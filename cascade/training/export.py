@@ -75,16 +75,15 @@ def read_trained(folder) -> Trained:
     """What a run or a bundle holds, in this host's memory.
 
     Raises:
-      UserError: the folder is neither, or as `read_run` and `cascade.bundle.load_stages`.
+      UserError: the folder is neither, or as `read_run` and `cascade.bundle.load_stages`
+        and `cascade.bundle.encoder_section`.
     """
     folder = pathlib.Path(folder)
     if not (folder / bundle.PLACE["mark"]).is_file():
         run = read_run(folder)
         return Trained((run.stage,), configs.to_json(run.config.text), run.text_fingerprint)
     stages, text = bundle.load_stages(folder)
-    carried = (folder / bundle.WEIGHTS).resolve()
-    weights = {"weights": str(carried)} if carried.is_dir() else {}
-    return Trained(stages, {**text["section"], **weights}, text["fingerprint"])
+    return Trained(stages, bundle.encoder_section(folder, text), text["fingerprint"])
 
 
 def bundle_runs(workdirs, folder, *, overwrite: bool = False, **how):
