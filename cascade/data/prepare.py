@@ -14,6 +14,7 @@ from cascade.data.record_files import to_example, write_file
 from cascade.errors import UserError
 
 SMALLEST = 16
+SHARD_SIZE = 4096  # records to a file
 
 
 def build_emoji(
@@ -99,7 +100,13 @@ def _check_same(folder: Path, settings):
         )
 
 
-def write_records(source, out: str | Path, shard_size: int = 4096):
+def record_names(name: str, count: int, shard_size: int = SHARD_SIZE) -> list[str]:
+    """The files into which `write_records` packs `count` pictures, in a folder of that name."""
+    shards = -(-count // shard_size)
+    return [f"{name}-{shard:05d}-of-{shards:05d}.array_record" for shard in range(shards)]
+
+
+def write_records(source, out: str | Path, shard_size: int = SHARD_SIZE):
     """Packs any source into ArrayRecord files that the source "array_record" reads.
 
     A record is a tf.train.Example with the features image (the encoded file), captions and key.
@@ -120,10 +127,10 @@ def write_records(source, out: str | Path, shard_size: int = 4096):
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
             whole = Path(temporary) / out.name
             whole.mkdir()
-            shards = -(-len(source) // shard_size)
+            names = record_names(out.name, len(source), shard_size)
             progress = tqdm(total=len(source), desc=f"write {out.name}", unit="picture")
-            for shard in range(shards):
-                path = whole / f"{out.name}-{shard:05d}-of-{shards:05d}.array_record"
+            for shard, name in enumerate(names):
+                path = whole / name
                 end = min(len(source), (shard + 1) * shard_size)
                 records = (source[i] for i in range(shard * shard_size, end))
                 write_file(path, (to_example(record) for record in records), progress.update)

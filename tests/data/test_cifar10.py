@@ -137,6 +137,21 @@ def test_a_package_cut_short_or_changed_is_a_sentence_or_whole(contents, tmp_pat
         assert "\n" not in str(error)
 
 
+def test_another_data_set_of_two_splits_is_not_taken_for_it(contents, tmp_path):
+    """Nor one that lost a file: only all the records that would be written are reused."""
+    out, package = tmp_path / "imagenet", packed(tmp_path / "cifar.tgz", contents[0])
+    for split in ("train", "test"):
+        (out / split).mkdir(parents=True)
+    (out / "train" / "train-00000-of-00313.array_record").touch()
+    with pytest.raises(UserError, match="imagenet already exists and isn't CIFAR-10"):
+        build_cifar10(package, out)
+    whole = build_cifar10(package, tmp_path / "whole")
+    assert set(cifar10._written(whole)) == set(whole.rglob("*.array_record"))
+    cifar10._written(whole)[-1].unlink()
+    with pytest.raises(UserError, match="whole already exists and isn't CIFAR-10"):
+        build_cifar10(package, whole)
+
+
 def test_what_else_is_a_sentence(contents, tmp_path):
     with pytest.raises(UserError, match=r"There is no '.*none\.tgz'"):
         build_cifar10(tmp_path / "none.tgz", tmp_path / "out")
