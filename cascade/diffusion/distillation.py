@@ -31,8 +31,8 @@ from jax import Array
 from cascade.diffusion.guidance import Denoise
 from cascade.diffusion.losses import Weighting, stratified_times
 from cascade.diffusion.process import Prediction, along_batch, diffuse, predictions
-from cascade.diffusion.samplers import ddim_step
-from cascade.diffusion.schedules import Schedule, alpha_sigma
+from cascade.diffusion.samplers import adjusted, ddim_step, guessed_spread, shrunk
+from cascade.diffusion.schedules import Schedule
 from cascade.errors import UserError
 
 # Heek et al. 2024: how much of the teacher's squared error counts as spread of x given z_t.
@@ -89,8 +89,8 @@ def consistency(*, backward: bool, teacher_steps_start: int, teacher_steps_end: 
     z_r. T teacher steps cover all of time, T/N each segment; t is uniform among their ends and
     s = t - 1/T. The target is the x with which DDIM goes from z_t to where the teacher's step t → s
     and the student's t → r, from there, lead; at s = r it is the teacher's, and at r = 0, s > 0 the
-    student's x_hat at s. The teacher's step is `adjusted`. N = 1 are consistency models (Song et
-    al. 2023), large N diffusion models.
+    student's x_hat at s. The teacher's step is `samplers.adjusted`. N = 1 are consistency models
+    (Song et al. 2023), large N diffusion models.
 
     Args:
       backward: z_t is the student's own, see `trajectory`, instead of noised x.
@@ -123,7 +123,7 @@ def consistency(*, backward: bool, teacher_steps_start: int, teacher_steps_end: 
         else:
             z_t = diffuse(x, eps, logsnr_t)
         first = _answer(teacher, z_t, logsnr_t)
-        spread = _guessed_spread(logsnr_t) if backward else _measured_spread(first, x)
+        spread = guessed_spread(logsnr_t) if backward else _measured_spread(first, x)
         first = adjusted(first, z_t, spread, logsnr_t, logsnr_s)
         z_s = ddim_step(z_t, first, logsnr_t, logsnr_s)
         # Where s is the clean end the student's answer counts nothing; its level is a finite one.
@@ -179,33 +179,7 @@ def joined(first: Array, second: Array, logsnr_t: Array, logsnr_m: Array, logsnr
     (m = s) to 1 (logsnr_s = ∞).
     """
     t, m, s = (along_batch(level, first) for level in (logsnr_t, logsnr_m, logsnr_s))
-    return first + _shrunk(m, s) / _shrunk(t, s) * (second - first)
-
-
-def adjusted(x_hat: Array, z_t: Array, spread: Array, logsnr_t: Array, logsnr_s: Array) -> Array:
-    """The x_hat with which DDIM's step is aDDIM's (Heek et al. 2024, algorithm 3).
-
-    One x_hat stands for all x that z_t may come from; DDIM so loses variance. aDDIM lengthens
-    eps_hat to keep the norm that z_s should have: of n values in a picture,
-
-        z_s = alpha_s x_hat + sqrt(sigma_s² + gain² spread n / |eps_hat|²) eps_hat,
-
-    with gain = alpha_s - alpha_t sigma_s / sigma_t. A step to logsnr_s = ∞ stays DDIM's: a clean
-    picture has no noise to lengthen.
-
-    Args:
-      spread: [B], mean variance of the values of x given z_t.
-    """
-    logsnr_t, logsnr_s, spread = (along_batch(v, z_t) for v in (logsnr_t, logsnr_s, spread))
-    eps = predictions(x_hat, z_t, logsnr_t, "x").eps
-    norm = jnp.mean(jnp.square(eps), axis=tuple(range(1, eps.ndim)), keepdims=True)
-    alpha_s, sigma_s = alpha_sigma(logsnr_s)
-    gain = alpha_s * _shrunk(logsnr_t, logsnr_s)
-    wanted = spread / jnp.maximum(norm, 1e-12)
-    # (sqrt(sigma² + gain² wanted) - sigma) / gain, without a difference or a quotient by gain.
-    root = jnp.sqrt(jnp.square(sigma_s) + jnp.square(gain) * wanted)
-    ahead = gain * wanted / jnp.where(sigma_s > 0, root + sigma_s, 1.0)
-    return x_hat + jnp.where(sigma_s > 0, ahead * eps, 0.0)
+    return first + shrunk(m, s) / shrunk(t, s) * (second - first)
 
 
 def trajectory(
@@ -231,13 +205,6 @@ def trajectory(
     return jax.lax.fori_loop(0, most, step, z_1)
 
 
-def _shrunk(logsnr_t, logsnr_s):
-    """1 - e^½(logsnr_t - logsnr_s); 0 where both are ∞ too."""
-    same = logsnr_t == logsnr_s
-    start = jnp.where(same, 0.0, logsnr_t)  # ∞ - ∞ is no number
-    return jnp.where(same, 0.0, -jnp.expm1(0.5 * (start - logsnr_s)))
-
-
 def _level(schedule, t):
     """logsnr(t), and ∞ at t = 0."""
     return jnp.where(t > 0, schedule(t), jnp.inf)
@@ -258,11 +225,6 @@ def _annealed(start, end, fraction, steps):
 def _measured_spread(x_hat, x):
     """The teacher's error is a draw of what z_t leaves open, and known where x is."""
     return SPREAD_OF_ERROR * jnp.mean(jnp.square(x_hat - x), axis=tuple(range(1, x.ndim)))
-
-
-def _guessed_spread(logsnr):
-    """0.1 / (2 + SNR), by which Heek et al. 2024 sample, where no x is known."""
-    return 0.1 / (2.0 + jnp.exp(logsnr))
 
 
 def _answer(denoise, z, logsnr):

@@ -165,9 +165,9 @@ def addim(*, eta: float = 0.1, variance: float = 0.5) -> Sampler:
 
     def step(denoise, z_t, carry, levels, keys):
         x_hat = _denoise(denoise, z_t, levels.t).x
-        alpha_t, sigma_t = alpha_sigma(levels.t)
-        unknown = variance * sigma_t**2 / (variance * alpha_t**2 + sigma_t**2)
-        return addim_step(z_t, x_hat, levels.t, levels.s, eta * unknown), carry
+        spread = guessed_spread(levels.t, eta, variance)
+        longer = adjusted(x_hat, z_t, spread, levels.t, levels.s)
+        return ddim_step(z_t, longer, levels.t, levels.s), carry
 
     return Sampler(_nothing, step)
 
@@ -208,18 +208,45 @@ def ddim_step(z_t: Array, x_hat: Array, logsnr_t: Array, logsnr_s: Array) -> Arr
     return diffuse(x_hat, predictions(x_hat, z_t, logsnr_t, "x").eps, logsnr_s)
 
 
-def addim_step(
-    z_t: Array, x_hat: Array, logsnr_t: Array, logsnr_s: Array, x_var: Array | float
+def adjusted(
+    x_hat: Array, z_t: Array, spread: Array | float, logsnr_t: Array, logsnr_s: Array
 ) -> Array:
-    """DDIM's step with eps_hat lengthened, see `addim`; x_var is scalar or [B]."""
-    logsnr_t, logsnr_s = along_batch(logsnr_t, z_t), along_batch(logsnr_s, z_t)
-    alpha_s, sigma_s = alpha_sigma(logsnr_s)
+    """The x_hat with which DDIM's step is aDDIM's (Heek et al. 2024, algorithm 3).
+
+    One x_hat stands for all x that z_t may come from; DDIM so loses variance. aDDIM lengthens
+    eps_hat to keep the norm that z_s should have: of n values in a picture,
+
+        z_s = alpha_s x_hat + sqrt(sigma_s² + gain² spread n / |eps_hat|²) eps_hat,
+
+    with gain = alpha_s - alpha_t sigma_s / sigma_t. A step to logsnr_s = ∞ stays DDIM's: a clean
+    picture has no noise to lengthen.
+
+    Args:
+      spread: scalar or [B], mean variance of the values of x given z_t.
+    """
+    logsnr_t, logsnr_s, spread = (along_batch(v, z_t) for v in (logsnr_t, logsnr_s, spread))
     eps = predictions(x_hat, z_t, logsnr_t, "x").eps
-    square = jnp.mean(jnp.square(eps), axis=tuple(range(1, eps.ndim)), keepdims=True)
-    # w by expm1: its two terms are all but equal for a short step.
-    lacking = jnp.square(alpha_s * jnp.expm1(0.5 * (logsnr_t - logsnr_s)))
-    lacking *= along_batch(x_var, z_t) / jnp.where(square > 0, square, 1.0)  # no eps, no longer one
-    return alpha_s * x_hat + jnp.sqrt(jnp.square(sigma_s) + lacking) * eps
+    norm = jnp.mean(jnp.square(eps), axis=tuple(range(1, eps.ndim)), keepdims=True)
+    alpha_s, sigma_s = alpha_sigma(logsnr_s)
+    gain = alpha_s * shrunk(logsnr_t, logsnr_s)
+    wanted = spread / jnp.maximum(norm, 1e-12)
+    # (sqrt(sigma² + gain² wanted) - sigma) / gain, without a difference or a quotient by gain.
+    root = jnp.sqrt(jnp.square(sigma_s) + jnp.square(gain) * wanted)
+    ahead = gain * wanted / jnp.where(sigma_s > 0, root + sigma_s, 1.0)
+    return x_hat + jnp.where(sigma_s > 0, ahead * eps, 0.0)
+
+
+def guessed_spread(logsnr: Array, eta: float = 0.1, variance: float = 0.5) -> Array:
+    """x_var of `addim`, where no x is known: by default the paper's 0.1 / (2 + SNR)."""
+    alpha, sigma = alpha_sigma(logsnr)
+    return eta * variance * sigma**2 / (variance * alpha**2 + sigma**2)
+
+
+def shrunk(logsnr_t: Array, logsnr_s: Array) -> Array:
+    """1 - e^½(logsnr_t - logsnr_s), x_hat's part in alpha_s of a DDIM step; 0 where both are ∞."""
+    same = logsnr_t == logsnr_s
+    start = jnp.where(same, 0.0, logsnr_t)  # ∞ - ∞ is no number
+    return jnp.where(same, 0.0, -jnp.expm1(0.5 * (start - logsnr_s)))
 
 
 def integrate(sampler: Sampler, denoise: Denoise, z: Array, logsnrs: Array, keys: Array) -> Array:

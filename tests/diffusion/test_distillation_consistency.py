@@ -42,6 +42,18 @@ def some_student(z, logsnr):
     return Denoised(jnp.tanh(z + 0.1 * process.along_batch(logsnr, z)))
 
 
+def addim(z_t, x_hat, logsnr_t, logsnr_s, spread):
+    """Heek et al. 2024, algorithm 3, as written."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+        schedules.alpha_sigma(process.along_batch(level, z_t)) for level in (logsnr_t, logsnr_s)
+    )
+    eps = (z_t - alpha_t * x_hat) / sigma_t
+    square = jnp.mean(eps**2, axis=tuple(range(1, z_t.ndim)), keepdims=True)
+    w = alpha_s - alpha_t * sigma_s / sigma_t
+    lacking = w**2 * process.along_batch(spread, z_t) / square
+    return alpha_s * x_hat + jnp.sqrt(sigma_s**2 + lacking) * eps
+
+
 def fixed_steps(total):
     return {"teacher_steps_start": total, "teacher_steps_end": total}
 
@@ -65,7 +77,7 @@ def test_targets_are_the_papers_algorithm(segments, backward):
         t, s, r = logsnr_t, SCHEDULE(index / total), SCHEDULE(segment / segments)
         x_hat = teacher(z_t, t).x
         spread = 0.1 / (2 + jnp.exp(t)) if backward else 0.75 * jnp.mean((x_hat - x) ** 2, (1, 2))
-        z_s = samplers.addim_step(z_t, x_hat, t, s, spread)
+        z_s = addim(z_t, x_hat, t, s, spread)
         z_r = samplers.ddim_step(z_s, some_student(z_s, s).x, s, r)
         (alpha_t, sigma_t), (alpha_r, sigma_r) = (
             schedules.alpha_sigma(process.along_batch(level, z_t)) for level in (t, r)
@@ -172,9 +184,9 @@ def test_addim_moves_x_hat_so_that_ddim_goes_where_addim_does():
     x_hat, z_t = draws(MIXTURE, 6), draws(GAUSSIAN, 6, seed=4)
     spread = jnp.linspace(0.0, 0.3, 6)
     logsnr_t, logsnr_s = jnp.linspace(-19.0, 9.0, 6), jnp.linspace(-17.0, 11.0, 6)
-    move = jax.jit(distillation.adjusted)
+    move = jax.jit(samplers.adjusted)
     moved = move(x_hat, z_t, spread, logsnr_t, logsnr_s)
-    wanted = jax.jit(samplers.addim_step)(z_t, x_hat, logsnr_t, logsnr_s, spread)
+    wanted = jax.jit(addim)(z_t, x_hat, logsnr_t, logsnr_s, spread)
     step = jax.jit(samplers.ddim_step)(z_t, moved, logsnr_t, logsnr_s)
     np.testing.assert_allclose(step, wanted, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(moved[0], x_hat[0])  # nothing left open, nothing to lengthen

@@ -126,6 +126,12 @@ def test_noising_further_is_noising_at_once():
         np.testing.assert_allclose(kept[1] ** 2 + added[0] ** 2, sigma_t**2, rtol=1e-5)
 
 
+def addim_step(z_t, x_hat, logsnr_t, logsnr_s, spread):
+    """aDDIM's step, as the sampler takes it."""
+    longer = samplers.adjusted(x_hat, z_t, spread, logsnr_t, logsnr_s)
+    return samplers.ddim_step(z_t, longer, logsnr_t, logsnr_s)
+
+
 def test_addim_without_correction_is_ddim():
     keys = picture_keys(2)
     z_1 = process.picture_noise(keys, (4, 4, 3))
@@ -144,7 +150,7 @@ def test_addim_gives_orthogonal_noise_its_missing_square_exactly(logsnr_s):
     x = jnp.tile(jnp.array([1.0, 0.5, 0.0, 0.0]), (2, 1))
     eps = jnp.tile(jnp.array([0.0, 0.0, 3.0, -0.2]), (2, 1))
     z_t = process.diffuse(x, eps, logsnr_t)
-    z_s = samplers.addim_step(z_t, x, logsnr_t, jnp.float32(logsnr_s), x_var)
+    z_s = addim_step(z_t, x, logsnr_t, jnp.float32(logsnr_s), x_var)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = map(schedules.alpha_sigma, (logsnr_t, logsnr_s))
     w = alpha_s - alpha_t * sigma_s / sigma_t
     squares = alpha_s**2 * x**2 + sigma_s**2 * eps**2
@@ -167,13 +173,30 @@ def test_addim_keeps_the_norm_that_ddim_loses():
     right = squares.mean(1)  # E[z_s²|z_t] of the perfect sampler
     ddim = samplers.ddim_step(z_t, x_hat, logsnr_t, logsnr_s)
     np.testing.assert_allclose((ddim**2).mean(1), right - w**2 * x_var, rtol=1e-4)
-    addim = samplers.addim_step(z_t, x_hat, logsnr_t, logsnr_s, x_var)
+    addim = addim_step(z_t, x_hat, logsnr_t, logsnr_s, x_var)
     np.testing.assert_allclose((addim**2).mean(1), right, atol=0.02 * float(w**2 * x_var.mean()))
+
+
+def test_addim_steps_by_what_its_data_leave_open():
+    """eta of N(0, variance)'s variance given z_t; by default the paper's 0.1 / (2 + SNR)."""
+    z_t = process.picture_noise(picture_keys(2), (4, 4, 3))
+    t, s = jnp.float32(-3.0), jnp.float32(1.0)
+    denoise = exact_denoiser(MIXTURE)
+    x_hat = denoise(z_t, jnp.full(2, t)).x
+    alpha_t, sigma_t = schedules.alpha_sigma(t)
+    own = 0.3 * 2.0 * sigma_t**2 / (2.0 * alpha_t**2 + sigma_t**2)
+    for sampler, x_var in (
+        (samplers.addim(), 0.1 / (2.0 + jnp.exp(t))),
+        (samplers.addim(eta=0.3, variance=2.0), own),
+    ):
+        z_s, _ = sampler.step(denoise, z_t, (), samplers.Levels(t, s, s), picture_keys(2))
+        stepped = addim_step(z_t, x_hat, t, s, x_var)
+        np.testing.assert_allclose(z_s, stepped, rtol=1e-5, atol=1e-6)
 
 
 def test_no_noise_is_not_lengthened():
     zeros = jnp.zeros((1, 4))
-    stepped = samplers.addim_step(zeros, zeros, jnp.float32(0.0), jnp.float32(3.0), 0.5)
+    stepped = addim_step(zeros, zeros, jnp.float32(0.0), jnp.float32(3.0), 0.5)
     np.testing.assert_array_equal(stepped, zeros)
 
 
