@@ -101,7 +101,7 @@ def draw(
             drawn = []
             for i in stages:
                 bar.set_description(f"stage {i}, {sizes[i][1]}×{sizes[i][0]}")
-                keys = _keys(np.uint32(request.seed), indices, np.uint32(i))
+                keys = picture_keys(np.uint32(request.seed), indices, np.uint32(i))
                 pictures = _draw(trained[i], i, text, null, pictures, keys, settings[i], sizes[i])
                 drawn.append(pictures)
                 bar.update()
@@ -145,7 +145,12 @@ def _as_floats(pictures: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _keys(seed: jax.Array, indices: jax.Array, stage: jax.Array) -> jax.Array:
-    """One key a picture: fold_in(fold_in(key(seed), index), stage)."""
+def picture_keys(seed: jax.Array, indices: jax.Array, stage: jax.Array) -> jax.Array:
+    """One key a picture, [B]: fold_in(fold_in(key(seed), index), stage).
+
+    Args:
+      seed, stage: uint32, scalars.
+      indices: uint32 [B], the pictures' numbers, see `Request.first_index`.
+    """
     key = jax.random.key(seed)
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), stage))(indices)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from cascade import bundle, manifest
 from cascade.arguments import checked_prompts, part_section, whole
+from cascade.batches import picture_keys
 from cascade.config import from_json, to_json
 from cascade.diffusion.samplers import RANDOM_SAMPLERS, SAMPLERS
 from cascade.diffusion.spacings import karras, uniform, uniform_logsnr
@@ -198,13 +199,14 @@ def _noises(
     settings: FrozenConfigDict,
     batches: Sequence[int],
 ) -> list[_Noises]:
-    """Batches with their reference pictures; batch i has keys of its own.
+    """Batches with their reference pictures, with the keys that `cascade sample` draws them by.
 
     `below` draws what a stage enlarges.
     """
     split, rows = functools.partial(split_rows, mesh=mesh), wanted.rows
     null = {key: split(np.repeat(value, rows, axis=0)) for key, value in wanted.null.items()}
     side = trained.stage.config.resolution
+    stage = np.uint32(len(below.stages) if below else 0)
     made = []
     for i in batches:
         which = np.arange(i * rows, (i + 1) * rows) % len(prompts)
@@ -213,7 +215,8 @@ def _noises(
             texts = [prompts[k] for k in which]
             how = {"first_index": i * rows, "batch_size": rows, "progress": False}
             cond["lowres"] = split(to_float(below(texts, seed=wanted.seed, **how)))
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(wanted.seed), i), rows)
+        indices = split(np.arange(i * rows, (i + 1) * rows, dtype=np.uint32))
+        keys = picture_keys(np.uint32(wanted.seed), indices, stage)
         x = trained.stage.draw(trained.params, cond, null, keys, settings, (side, side))
         if not jnp.isfinite(x).all():
             raise UserError(

@@ -11,6 +11,7 @@ from tiny_cascade import TEXT, WordEncoder, stage_config, trained
 from cascade import bundle, manifest, tune_steps
 from cascade.cli import main
 from cascade.errors import UserError
+from cascade.images import to_uint8
 from cascade.pipeline import load
 from cascade.text.encoders import ENCODERS
 
@@ -100,6 +101,26 @@ def test_a_new_bundle_of_a_stage_that_enlarges(untouched, tmp_path, monkeypatch)
     assert 0 < min(losses) < max(losses) < 1
     with pytest.raises(UserError, match="already holds a bundle"):
         tune_steps.tune_steps(untouched, PROMPTS, out=out, **QUICK)
+
+
+def test_references_are_the_pictures_that_sampling_draws(untouched, monkeypatch):
+    """By the same keys: those to search on are the first ones, those held out come after them."""
+    kept, make = [], tune_steps._noises
+
+    def noises(*arguments):
+        kept.append(make(*arguments))
+        return kept[-1]
+
+    monkeypatch.setattr(tune_steps, "_noises", noises)
+    monkeypatch.setattr(tune_steps, "search_levels", lambda loss, starts, *_: (starts[0], 0.0))
+    tune_steps.tune_steps(untouched, PROMPTS, stage=1, seed=3, **QUICK)
+    cascade, reference = load(untouched), {"sampler": "heun", "spacing": "uniform", "steps": 12}
+    for first, (batch,) in zip((0, 2), kept, strict=True):
+        how = {"seed": 3, "first_index": first, "batch_size": 2, "progress": False}
+        small, _ = cascade(PROMPTS, return_stages=True, **how)
+        drawn = cascade.upscale(small, PROMPTS, 1, **how, **reference)
+        np.testing.assert_allclose(to_uint8(batch.reference), drawn, atol=1)
+        np.testing.assert_array_equal(to_uint8(batch.cond["lowres"]), small)
 
 
 def test_levels_that_are_no_better_are_not_stored(folder, monkeypatch):
