@@ -19,11 +19,12 @@ AT_ONCE = 256  # texts
 class Alignment(NamedTuple):
     """Mean cosine of a text with the caption found for its picture, and with those of all others.
 
-    The second is what pictures that have nothing to do with their texts get.
+    The second is what pictures that have nothing to do with their texts get, Σ_{i≠j} a_i·g_j /
+    (N (N - 1)); None of one picture.
     """
 
     value: float
-    chance: float
+    chance: float | None
 
 
 def sentence_embeddings(texts: Sequence[str], encoder: TextEncoder) -> np.ndarray:
@@ -57,4 +58,6 @@ def alignment(
     found = [captions[i] for i in nearest(drawn, known)]
     embedded = sentence_embeddings([*prompts, *found], encoder)
     asked, got = embedded[: len(prompts)], embedded[len(prompts) :]
-    return Alignment(float((asked * got).sum(1).mean()), float(asked.mean(0) @ got.mean(0)))
+    own, n = float((asked * got).sum()), len(asked)
+    others = float(asked.sum(0) @ got.sum(0)) - own
+    return Alignment(own / n, others / (n * (n - 1)) if n > 1 else None)
