@@ -33,7 +33,7 @@ class Folder:
         self._path = path
         if not self.folder.is_dir():
             raise UserError(f"There is no folder {path!r}; correct `path`.")
-        files = _files(self.folder)
+        files = visible_files(self.folder)
         pictures = [f for f in files if f.suffix.lower() in SUFFIXES]
         if not pictures:
             raise UserError(
@@ -170,8 +170,12 @@ def _stem(name: str) -> str:
     return PurePosixPath(name).with_suffix("").as_posix()
 
 
-def _files(folder: Path) -> list[Path]:
-    """What lies in a folder, however deep, and isn't hidden; no folders, but links to nothing."""
+def visible_files(folder: Path) -> list[Path]:
+    """What lies in a folder, however deep, and isn't hidden; no folders, but links to nothing.
+
+    Raises:
+      UserError: it can't be listed.
+    """
     try:
         return sorted(f for f in folder.rglob("*") if not _hidden(f, folder) and not f.is_dir())
     except OSError as error:

@@ -233,7 +233,7 @@ def score_bundle(
         drawing = (pipe, prompts, way, against.seed, batch_size, job.resolution, job.extractors)
         what = ", ".join(f"{key} {value}" for key, value in about.items())
         drawn.measure(record, *drawing, what)
-        sets.append(scores.Scored(about, record, prompts, places))
+        sets.append(scores.Scored(about, record, num, prompts, places))
     return job.report(sets)
 
 
@@ -265,5 +265,6 @@ def score_folders(against: Against, folders: Sequence[str], *, num: int | None =
         reader = Reader(data, range(len(source)), job.resolution, strict=True)
         pictures.measure(record, reader, most, job.extractors, folder)
         prompts = [first_caption(data, j) for j in range(most)]
-        sets.append(scores.Scored({"folder": folder}, record, prompts if all(prompts) else ()))
+        prompts = prompts if all(prompts) else ()
+        sets.append(scores.Scored({"folder": folder}, record, most, prompts))
     return job.report(sets)

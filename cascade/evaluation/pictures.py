@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cascade import config as configs
 from cascade.data.fingerprint import contents
-from cascade.data.folder import METADATA, SUFFIXES, Folder
+from cascade.data.folder import METADATA, SUFFIXES, Folder, visible_files
 from cascade.data.judge import Judge, Skipped
 from cascade.data.loader import make_source
 from cascade.data.preprocess import BrokenPicture, Filtered, Preprocess, colour
@@ -109,19 +109,20 @@ class Made:
 
     They come from texts or metadata beside the pictures (see `cascade.data.folder.Folder`), or from
     the prompts that `cascade sample` writes into its PNG files, whose contact sheets, which have
-    none, are left out; or there are none.
+    none, are left out; or there are none. Hidden files count for nothing.
     """
 
     def __init__(self, path: str):
         """Lists the folder.
 
         Raises:
-          UserError: no folder, no picture, or captions beside only some of them.
+          UserError: no folder, no picture, or captions beside only some of them; or it can't be
+            listed.
         """
         self.folder = Path(path).expanduser()
         if not self.folder.is_dir():
             raise UserError(f"There is no folder {path!r} of pictures; correct --pictures.")
-        files = sorted(self.folder.rglob("*"))
+        files = visible_files(self.folder)
         self._files = [f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()]
         if not self._files:
             raise UserError(f"The folder {path!r} holds no picture; correct --pictures.")

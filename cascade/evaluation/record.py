@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -50,7 +51,8 @@ class Record:
           settings: JSON-able; all that what is measured depends on.
 
         Raises:
-          UserError: it holds what was measured with other settings, or can't be read or written.
+          UserError: it holds what was measured with other settings, or what is no record, or can't
+            be read or written.
         """
         self.folder, self.mesh, self.count = Path(folder), mesh, 0
         self._parts, self._pending, self._last = [], [], time.monotonic()
@@ -75,6 +77,12 @@ class Record:
     def _check(self, settings: dict):
         path = self.folder / SETTINGS
         if not path.exists():
+            held = [f.name for f in self.folder.iterdir() if not f.name.startswith(".")]
+            if held:
+                raise UserError(
+                    f"{str(self.folder)!r} holds {min(held)!r} and no {SETTINGS}, so it is no "
+                    "evaluation's; give another --out."
+                )
             write_whole(path, json.dumps(settings, indent=1))
             return
         try:
@@ -92,13 +100,13 @@ class Record:
             )
 
     def _found(self) -> int:
-        """Rows in the parts that follow one another; takes away what comes after a gap."""
+        """Rows in the parts that follow one another; takes away the parts that come after a gap."""
         count = 0
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name == f"{count:08d}.safetensors":
                 self._parts.append(path)
                 count += _rows(self._load(path))
-            else:
+            elif re.fullmatch(r"[0-9]{8}\.safetensors", path.name):
                 path.unlink()
         return count
 

@@ -24,12 +24,14 @@ class Scored(NamedTuple):
     Attributes:
       about: what tells it from the others: {"guidance": "3", "steps": "50", "sampler": "ddim"}.
       record: its features.
+      count: how many of the record's pictures, its first, are scored.
       prompts: what each picture was to show; empty where nothing tells.
       places: of each prompt, its record's place in the order of the source; empty likewise.
     """
 
     about: Mapping[str, str]
     record: Record
+    count: int
     prompts: Sequence[str] = ()
     places: Sequence[int] = ()
 
@@ -130,7 +132,7 @@ def score(
     """
     rows, notes = [], []
     for scored in tqdm(sets, "scores", disable=len(sets) < 3):
-        measured = scored.record.read(len(scored.prompts) or None)
+        measured = scored.record.read(scored.count)
         row = {**scored.about, "pictures": len(measured[references[0].name])}
         for reference in references:
             found, note = reference.compare(measured[reference.name])

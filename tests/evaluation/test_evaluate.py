@@ -14,7 +14,7 @@ from tiny_cascade import stage_config, trained
 
 from cascade.cli import main
 from cascade.data.record_files import to_example, write_file
-from cascade.evaluation import evaluate, record
+from cascade.evaluation import evaluate, pictures, record
 from cascade.evaluation.evaluate import Against, score_bundle, score_folders
 from cascade.evaluation.features import Extractor
 from cascade.evaluation.moments import Moments, frechet_distance
@@ -26,6 +26,7 @@ from cascade.text.encoders import minilm
 TESTS = Path(__file__).parents[1]
 PATHS = (TESTS.parent, TESTS, TESTS / "evaluation")
 RNG = np.random.default_rng(0)
+TEXTS = [f"{i:02d}.txt" for i in range(24)]
 
 
 def quarters(mesh):
@@ -205,6 +206,47 @@ def test_pictures_made_elsewhere(folder, tmp_path):
     score_folders(against(folder, tmp_path / "out2", resolution=16), [str(tmp_path / "bare")])
     other, _ = metrics(tmp_path / "out2")
     assert "top-1" not in other and other["FID-quarters"] > 0.1
+
+
+def test_hidden_files_are_no_pictures(folder, tmp_path):
+    made = tmp_path / "made"
+    shutil.copytree(folder / "real", made)
+    (made / "._00.png").write_bytes(b"what an archiver leaves")
+    (made / ".cache").mkdir()
+    (made / ".cache" / "00.png").write_bytes(b"a thumbnail")
+    source = pictures.Made(str(made))
+    assert [source.key(i) for i in range(len(source))] == [f"{i:02d}.png" for i in range(24)]
+    assert source.captions(1) == ["thing b", "another"]
+
+
+@pytest.mark.parametrize("captioned", [True, False])
+def test_as_many_count_as_are_asked_for(captioned, folder, tmp_path):
+    """Whatever was measured before."""
+    made = tmp_path / "made"
+    shutil.copytree(folder / "real", made, ignore=None if captioned else lambda *_: TEXTS)
+    rows = {}
+    for out, nums in (("once", [12]), ("again", [None, 12])):
+        for num in nums:
+            score_folders(against(folder, tmp_path / out), [str(made)], num=num)
+        rows[out] = metrics(tmp_path / out)[0]
+    assert rows["once"]["pictures"] == 12 and rows["once"] == rows["again"]
+    assert ("top-1" in rows["once"]) == captioned
+
+
+def test_nobody_elses_files_are_touched(folder, tmp_path):
+    """A bundle lies where the real pictures' features would go."""
+    bundle = tmp_path / "runs" / "real"
+    shutil.copytree(folder / "bundle", bundle)
+    held = {f: f.read_bytes() for f in bundle.rglob("*") if f.is_file()}
+    assert any(f.suffix == ".safetensors" for f in held)
+    with pytest.raises(evaluate.UserError, match="is no evaluation's; give another --out"):
+        scored(folder, tmp_path / "runs")
+    assert {f: f.read_bytes() for f in bundle.rglob("*") if f.is_file()} == held
+    mine = tmp_path / "out" / "real" / "weights.safetensors"
+    scored(folder, tmp_path / "out")
+    mine.write_bytes(b"put here since")
+    scored(folder, tmp_path / "out")
+    assert mine.read_bytes() == b"put here since"
 
 
 def said(*arguments):
