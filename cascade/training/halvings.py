@@ -98,6 +98,12 @@ def check_distillation(config: ConfigDict):
             f"config.distill.start_steps is {told.start_steps} but the teacher is itself a student "
             f"of {stage.distilled.steps} steps (config.stage.distilled); make them equal."
         )
+    if told.objective.name not in IN_TURN and stage.distilled.steps:
+        raise UserError(
+            f"config.distill.objective {told.objective.name!r} asks the teacher at any time, but "
+            f"the teacher is itself a student of {stage.distilled.steps} steps "
+            "(config.stage.distilled); give the teacher of many steps, or 'progressive'."
+        )
     if told.guidance and (stage.distilled.guidance or stage.distilled.steps):
         raise UserError(
             "config.distill.guidance is set but config.stage.distilled says that the teacher is a "

@@ -41,6 +41,19 @@ def changed(config, **changes):
             {"stage__distilled__steps": 8, "stage__sampling__steps": 8},
             "itself a student of 8 steps",
         ),
+        (
+            {
+                "stage__distilled__steps": 4,
+                "stage__sampling__steps": 4,
+                "distill__objective": {
+                    "name": "consistency",
+                    "backward": False,
+                    "teacher_steps_start": 8,
+                    "teacher_steps_end": 16,
+                },
+            },
+            "'consistency' asks the teacher at any time.* student of 4 steps",
+        ),
         ({"train__learning_rate__decay_steps": 9}, "decay_steps is 9 but a student learns for"),
         ({"distill__objective__name": "progresive"}, "did you mean 'progressive'"),
         ({"distill__objective": {"name": "progressive"}}, "Missing key 'backward'"),
