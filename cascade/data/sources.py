@@ -26,6 +26,9 @@ from cascade.data.tfds_reader import Tfds
 from cascade.errors import UserError
 from cascade.registry import build
 
+# Where a source's arguments say where data lies; they may change and the data stay the same.
+PLACES = ("data_dir", "path", "files", "root")
+
 
 def tfds(
     dataset: str, data_dir: str, split: str, image_key: str, caption_key: str, template: str

@@ -17,7 +17,7 @@ from cascade.data.folder import METADATA, SUFFIXES, Folder, visible_files
 from cascade.data.judge import Judge, Skipped
 from cascade.data.loader import make_source
 from cascade.data.preprocess import BrokenPicture, Filtered, Preprocess, colour
-from cascade.data.sources import array_record, read_record
+from cascade.data.sources import PLACES, array_record, read_record
 from cascade.errors import UserError
 from cascade.evaluation.features import Extractor
 from cascade.evaluation.record import SHOWN, Record
@@ -33,8 +33,6 @@ from cascade.parallel.mesh import (
 SPLITS = ("heldout", "train")
 ROWS = 16  # pictures that go through a network at once, on each device
 MAX_ASPECT = 10.0
-# Where these say where data lies, they may change and the data stay the same.
-PLACES = ("data_dir", "path", "files", "root")
 
 
 class Data(NamedTuple):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from cascade import config as configs
+from cascade.data.sources import PLACES
 from cascade.errors import UserError
 from cascade.parallel import processes
 
@@ -30,8 +31,7 @@ FIXED_DISTILLING = (
     "distill.threshold",
     "distill.objective",
 )
-# What may: where the same data lies on this machine, and what a step recomputes.
-PLACES = ("data_dir", "path", "files", "root")
+# What may, besides where the same data lies on this machine: what a step recomputes.
 COMPUTED = ("remat",)
 
 

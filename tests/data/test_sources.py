@@ -1,6 +1,7 @@
 """Sources: folders and their metadata, ArrayRecord and TFDS, and what they refuse."""
 
 import csv
+import inspect
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from cascade.data.folder import read_metadata
 from cascade.data.prepare import build_emoji, write_records
 from cascade.data.preprocess import BrokenPicture
 from cascade.data.sources import (
+    PLACES,
     SOURCES,
     array_record,
     captions_of,
@@ -323,6 +325,13 @@ def test_sources_are_picklable_and_fingerprints_follow_the_content(pictures):
     assert copy[1] == source[1] and copy.fingerprint == source.fingerprint
     (pictures / "a.png").write_bytes(picture("green") + b" ")
     assert folder(str(pictures)).fingerprint != source.fingerprint
+
+
+def test_places_are_arguments_of_sources():
+    """Each is one's, and each source that reads files has one."""
+    taken = {name: set(inspect.signature(make).parameters) for name, make in SOURCES.items()}
+    assert set(PLACES) <= set().union(*taken.values())
+    assert {name for name in taken if not taken[name] & set(PLACES)} == {"mixture", "synthetic"}
 
 
 def test_an_unknown_source_is_named():
