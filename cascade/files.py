@@ -15,10 +15,17 @@ from cascade.errors import UserError
 
 
 def write_whole(path: pathlib.Path, text: str):
-    """Writes a text file under a temporary name and renames it: all of it or nothing."""
+    """Writes a text file, all of it or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Hands out a temporary name to write under, which becomes `path` where nothing fails."""
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # its own: others may write there too
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from cascade.digests import remembered
 from cascade.errors import UserError
-from cascade.shards import write_durably
+from cascade.shards import replace_durably
 
 FORMAT_VERSION = 2
 WITHOUT_TEXT_WEIGHTS = 1  # the version that couldn't carry a text encoder's weights
@@ -31,12 +31,7 @@ def write(folder: Path, contents: Mapping[str, Any]):
     document = {"format_version": FORMAT_VERSION, "sha256": BLANK, **contents}
     raw = json.dumps(document, indent=1, allow_nan=False).encode()
     digest = hashlib.sha256(raw).hexdigest().encode()
-    temporary = folder / ".cascade.json.tmp"
-    try:
-        write_durably(temporary, raw.replace(BLANK.encode(), digest, 1))
-        temporary.replace(folder / "cascade.json")
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_durably(folder / "cascade.json", raw.replace(BLANK.encode(), digest, 1))
 
 
 def file_entry(folder: Path, path: Path) -> dict:

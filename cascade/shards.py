@@ -20,6 +20,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save as to_safetensors
 
 from cascade.errors import UserError
+from cascade.files import replacing
 from cascade.parallel.mesh import put
 
 DTYPES = {"float32": ("F32", np.dtype("float32")), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
@@ -217,6 +218,12 @@ def check_finite(where: str, name: str, tensor: np.ndarray):
             f"The tensor {name!r} of {where} has NaN or infinite values, so its training diverged; "
             "take an earlier checkpoint."
         )
+
+
+def replace_durably(path: Path, data: bytes):
+    """Writes a file, all of it or nothing, and waits until it is on the disk."""
+    with replacing(path) as temporary:
+        write_durably(temporary, data)
 
 
 def write_durably(path: Path, data: bytes):

@@ -132,6 +132,11 @@ class Stage:
             cond["guidance_weight"] = array((batch,))
         return array((batch, height, width, c.channels)), array((batch,)), cond
 
+    def given_shapes(self, batch: int, size: tuple[int, int] | None = None):
+        """As `shapes`, of what is given to train and to draw: (image, cond without FOLLOWING)."""
+        image, _, cond = self.shapes(batch, size)
+        return image, {key: shape for key, shape in cond.items() if key not in FOLLOWING}
+
     def init(self, key):
         """Fresh parameters, float32, a nested dict."""
         arguments = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.shapes(1))

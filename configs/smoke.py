@@ -1,8 +1,9 @@
 """`:smoke`: any experiment, shrunk to seconds on a CPU, with every kind of block still in it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from types import ModuleType
 
 from ml_collections import ConfigDict
 
@@ -39,6 +40,28 @@ def variant(config: ConfigDict, arg: str) -> ConfigDict:
     train.eval_batches, train.sample_count = 1, 2
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     return config
+
+
+def cascade(stages: Mapping[str, ModuleType], arg: str) -> tuple[str, str, ConfigDict]:
+    """What a cascade's config file is asked for: a stage's name or "", the variant, all stages.
+
+    Args:
+      stages: name -> its config's module, base first.
+      arg: "", "smoke", or a name with either ("base:smoke").
+
+    Raises:
+      ValueError: any other arg.
+    """
+    name, _, variant = arg.partition(":") if arg.partition(":")[0] in stages else ("", "", arg)
+    if variant not in ("", "smoke"):
+        raise ValueError(
+            f"this config takes one of {', '.join(stages)}, or smoke, or both in that order "
+            f"(base:smoke), not {arg!r}"
+        )
+    config = ConfigDict({key: module.get_config(variant) for key, module in stages.items()})
+    if variant == "smoke":
+        chain(config[key].stage for key in stages)
+    return name, variant, config
 
 
 def chain(stages: Iterable[ConfigDict]):

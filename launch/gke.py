@@ -104,7 +104,7 @@ def hardware(settings: dict) -> tuple[str, dict]:
     if topology is not None:
         if settings["nodes"] is not None:
             raise UserError("--nodes goes with --gpus; --topology tells how many hosts there are.")
-        slices = tpu_names.rented(topology)
+        slices = tpu_names.parse(topology, rented=True)
         hosts, chips = tpu_names.hosts(slices, settings["chips_per_host"])
         return "gke_tpu.yaml", {
             "accelerator": tpu_names.NODE_LABELS[slices.generation],

@@ -11,7 +11,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from cascade.errors import UserError
-from cascade.parallel.topology import LOCAL, Topology, parse
+from cascade.parallel.topology import Topology, parse
 
 # Accelerator types are named as our topologies are, but for v5e: cloud.google.com/tpu/docs/v5e.
 ACCELERATORS = {"v5e": "v5litepod"}
@@ -31,15 +31,6 @@ NODE_LABELS = {
     "v6e": "tpu-v6e-slice",
 }
 CHIPS_PER_HOST = 4  # of all machine types but those of one chip and, for one host alone, of eight
-
-
-def rented(name: str) -> Topology:
-    """As `parse`, whose error offers `LOCAL` too: nobody rents that."""
-    try:
-        return parse(name)
-    except UserError as error:
-        said, _, _ = str(error).removesuffix(".").partition(f", or {LOCAL!r}")
-        raise UserError(f"{said}.") from error
 
 
 def accelerator_type(topology: Topology) -> str:
@@ -74,7 +65,7 @@ def hosts(topology: Topology, chips_per_host: int | None = None) -> tuple[int, i
 
 if __name__ == "__main__":
     try:
-        wished = rented(sys.argv[1])
+        wished = parse(sys.argv[1], rented=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from cascade.files import check_writable, write_whole
 from cascade.images import read_image, save_png
 from cascade.parallel.mesh import on_first_process
 from cascade.parallel.processes import first_difference
-from cascade.shards import write_durably
+from cascade.shards import replace_durably
 
 ROWS = 256  # of a part, at most
 SECONDS = 30.0  # after which a smaller part is written
@@ -144,14 +143,10 @@ class Record:
         names = self._pending[0].keys()
         joined = {name: np.concatenate([part[name] for part in self._pending]) for name in names}
         path = self.folder / f"{self.count - _rows(joined):08d}.safetensors"
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
-            write_durably(temporary, save(joined))
-            temporary.replace(path)
+            replace_durably(path, save(joined))
         except OSError as error:
             raise self._failed(error) from error
-        finally:
-            temporary.unlink(missing_ok=True)
         self._parts.append(path)
         self._pending = []
 

@@ -35,7 +35,7 @@ from cascade.files import check_place, whole_folder
 from cascade.interop.weights import describe_stage, describe_text, write_manifest, write_stage
 from cascade.manifest import file_entry
 from cascade.shards import named, write_durably
-from cascade.stage import FOLLOWING, Stage
+from cascade.stage import Stage
 from cascade.text.interface import TextEncoder
 
 MANIFEST = "stablehlo.json"
@@ -219,8 +219,7 @@ def _sample_program(
 ) -> Program:
     """All of `Stage.sample`: augmentation, guidance, thresholding and every step."""
     batch = _batch()
-    _, _, cond = stage.shapes(batch, size)
-    cond = {key: array for key, array in cond.items() if key not in FOLLOWING}
+    _, cond = stage.given_shapes(batch, size)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     arguments = {
         "cond": cond,

@@ -32,7 +32,7 @@ from cascade.parallel.collectives import collectives, ideal_bytes
 from cascade.parallel.layout import Layout
 from cascade.parallel.rules import of_config, shardings
 from cascade.parallel.topology import LOCAL, parse
-from cascade.stage import FOLLOWING, Stage
+from cascade.stage import Stage
 from cascade.training.optim import make_optimizer
 from cascade.training.state import init_state, jit_train_step, with_shardings
 
@@ -54,8 +54,8 @@ def training_program(config: ConfigDict, stage: Stage, mesh) -> Program:
     create = functools.partial(init_state, stage, optimizer)
     abstract = jax.eval_shape(create, jax.random.key(0))
     placed = shardings(abstract, mesh, of_config(config))
-    image, _, cond = stage.shapes(settings.batch_size)
-    batch = {"image": image, **{k: v for k, v in cond.items() if k not in FOLLOWING}}
+    image, cond = stage.given_shapes(settings.batch_size)
+    batch = {"image": image, **cond}
     run = jit_train_step(stage, optimizer, settings, mesh, placed)
     state = with_shardings(abstract, placed)
     key = _placed(jax.eval_shape(jax.random.key, 0), meshes.replicated(mesh))
@@ -69,8 +69,7 @@ def sampling_program(config: ConfigDict, stage: Stage, mesh) -> Program:
     meshes.check_batch(rows, 1, mesh)
     params = jax.eval_shape(stage.init, jax.random.key(0))
     params = with_shardings(params, shardings(params, mesh, of_config(config)))
-    _, _, cond = stage.shapes(rows, size)
-    cond = {k: v for k, v in cond.items() if k not in FOLLOWING}
+    _, cond = stage.given_shapes(rows, size)
     null = {name: cond[name] for name in ("text_emb", "text_mask")}
     keys = jax.eval_shape(functools.partial(jax.random.split, num=rows), jax.random.key(0))
     cond, null, keys = _placed((cond, null, keys), meshes.batch_sharding(mesh))

@@ -188,8 +188,7 @@ def _ask_child(request: dict, host_limit: float, progress: bool) -> dict:
         request = request | {"dump": None if request["machine_code"] else dump}
         if request["dump"]:
             told = os.environ.get("XLA_FLAGS", "").split()
-            own_dumps = [flag for flag in told if flag.startswith("--xla_dump")]
-            kept = [flag for flag in told if flag not in own_dumps]
+            kept = [flag for flag in told if not flag.startswith("--xla_dump")]
             environment["XLA_FLAGS"] = " ".join([*kept, flags(dump)])
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "cascade.parallel.ahead"],

@@ -16,6 +16,7 @@ from cascade.parallel.topology import KINDS, LOCAL, parse
 
 LARGEST = 8  # times the config's batch: beyond it, training is another
 NOTHING = Estimate({}, None, None, False, None)  # of what couldn't be compiled
+HEAD = f"{'batch':>7} {'remat':<9}{'mesh':<30}{'GB a chip':>10}{'images/s':>12}  binds"
 
 
 class Found(NamedTuple):
@@ -106,9 +107,6 @@ def table(found: list[Found]) -> str:
         *sizes,
     )
     return "\n".join([*rows, f"Best of these: {' '.join(options)}"])
-
-
-HEAD = f"{'batch':>7} {'remat':<9}{'mesh':<30}{'GB a chip':>10}{'images/s':>12}  binds"
 
 
 def row(one: Found) -> str:

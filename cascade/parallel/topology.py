@@ -98,7 +98,7 @@ class Topology(NamedTuple):
         return f"{self.generation}:{'x'.join(map(str, self.shape))}"
 
 
-def parse(name: str, slices: int = 1) -> Topology:
+def parse(name: str, slices: int = 1, *, rented: bool = False) -> Topology:
     """Reads "v5p-512", or "2xv5p-512" for two slices of it.
 
     The number counts TensorCores for v4 and v5p, two a chip, and chips for v5e and v6e, as in the
@@ -106,6 +106,7 @@ def parse(name: str, slices: int = 1) -> Topology:
 
     Args:
       slices: how many, where the name doesn't say.
+      rented: nothing but what is rented will do, so that an error doesn't offer `LOCAL`.
 
     Raises:
       UserError: no such generation or size.
@@ -113,9 +114,10 @@ def parse(name: str, slices: int = 1) -> Topology:
     plain = name.strip().lower().replace("v5litepod-", "v5e-")  # Google's own word for it
     match = re.fullmatch(r"(?:(\d{1,4})x)?(v\d[ep]?)-(\d{1,6})", plain)
     if not match or match[2] not in CHIPS:
+        here = "" if rented else f", or {LOCAL!r} for the devices that are here"
         raise UserError(
             f"Unknown topology {name!r}; give a generation and a size such as v5p-512 or 2xv5e-256 "
-            f"(generations {', '.join(CHIPS)}), or {LOCAL!r} for the devices that are here."
+            f"(generations {', '.join(CHIPS)}){here}."
         )
     if match[1] and slices != 1:
         raise UserError(

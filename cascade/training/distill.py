@@ -28,7 +28,7 @@ from cascade.errors import UserError
 from cascade.networks import cost
 from cascade.parallel import processes
 from cascade.parallel.mesh import on_all_processes, on_first_process, whole_on_host
-from cascade.stage import FOLLOWING, Stage
+from cascade.stage import Stage
 from cascade.training.export import bundle_runs
 from cascade.training.halvings import Halving, check_distillation, halvings
 from cascade.training.loop import Place, Task, finish, run, write_config
@@ -227,8 +227,8 @@ class Lesson:
     def flops(self) -> float:
         """FLOPs of a step for one picture: the loss, and twice the student for its gradient."""
         plain = Lesson(_countable(self.teacher), _countable(self.student), self.halving)
-        image, _, cond = plain.student.shapes(1)
-        batch = {"image": image, **{k: v for k, v in cond.items() if k not in FOLLOWING}}
+        image, cond = plain.student.given_shapes(1)
+        batch = {"image": image, **cond}
         key = jax.random.key(0)
         params, taught = (jax.eval_shape(s.init, key) for s in (plain.student, plain.teacher))
         fraction = jax.ShapeDtypeStruct((), jnp.float32)

@@ -21,15 +21,7 @@ STAGES = {"base": base64, "sr256": sr256}
 
 def get_config(arg: str = "") -> ConfigDict:
     """Both stages' distillations by name, or one's; `arg` as in `configs/imagen/cascade.py`."""
-    name, _, variant = arg.partition(":") if arg.partition(":")[0] in STAGES else ("", "", arg)
-    if variant not in ("", "smoke"):
-        raise ValueError(
-            f"this config takes one of {', '.join(STAGES)}, or smoke, or both in that order "
-            f"(base:smoke), not {arg!r}"
-        )
-    config = ConfigDict({key: module.get_config(variant) for key, module in STAGES.items()})
-    if variant == "smoke":
-        smoke.chain(config[key].stage for key in STAGES)
+    name, variant, config = smoke.cascade(STAGES, arg)
     distillation.of(config.base, teacher="my-bundle", steps=(64, 4), guidance=(1.0, 6.0))
     distillation.of(config.sr256, teacher="my-bundle", steps=(32, 4), guidance=(1.0, 3.0))
     for each in config.values():

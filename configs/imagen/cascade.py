@@ -22,13 +22,5 @@ STAGES = {"base": base64_2b, "sr256": sr256_600m, "sr1024": sr1024_400m}
 
 def get_config(arg: str = "") -> ConfigDict:
     """All stages' configs by name, or one's; `arg` is "", "smoke", or a name with either."""
-    name, _, variant = arg.partition(":") if arg.partition(":")[0] in STAGES else ("", "", arg)
-    if variant not in ("", "smoke"):
-        raise ValueError(
-            f"this config takes one of {', '.join(STAGES)}, or smoke, or both in that order "
-            f"(base:smoke), not {arg!r}"
-        )
-    config = ConfigDict({key: module.get_config(variant) for key, module in STAGES.items()})
-    if variant == "smoke":
-        smoke.chain(config[key].stage for key in STAGES)
+    name, _, config = smoke.cascade(STAGES, arg)
     return config[name] if name else config

@@ -118,7 +118,7 @@ def test_secrets_are_referred_to_and_left_out_where_there_are_none():
 @pytest.mark.parametrize("generation", CHIPS)
 def test_every_topology_has_hosts_for_all_chips(generation):
     for chips in SHAPES[generation]:
-        topology = tpu_names.rented(f"{generation}-{chips * CORES[generation]}")
+        topology = tpu_names.parse(f"{generation}-{chips * CORES[generation]}")
         count, each = tpu_names.hosts(topology)
         assert count * each == chips and each in (1, 4) and (each == 4 or chips == 1)
         sides = tpu_names.node_topology(topology).split("x")
