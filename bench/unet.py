@@ -48,6 +48,7 @@ def fixed_network(dtype: str) -> UNet:
     return UNet(
         out_channels=3,
         super_resolution=False,
+        patch=1,
         channels=64,
         channel_mults=(1, 2, 3, 4),
         num_blocks=(2, 2, 2, 2),

@@ -239,7 +239,7 @@ def from_json(tree) -> ConfigDict:
 
     What runs and bundles wrote before `remat` had policies, True or False, is read as the policy
     that it meant, and an interval of guidance from before there were other schedules as its. What
-    was trained before there were students is none.
+    was trained before there were students is none, and folded no pixels before networks could.
     """
 
     def restore(value):
@@ -253,7 +253,7 @@ def from_json(tree) -> ConfigDict:
                 schedule = {"name": "interval" if limits else "constant", **limits}
                 restored |= {"guidance_schedule": schedule, "searched": ()}
             if "embed_aug" in restored:
-                restored.setdefault("embed_guidance", False)
+                restored = {"embed_guidance": False, "patch": 1, **restored}
             if "text_drop" in restored:
                 restored.setdefault("distilled", {"steps": 0, "guidance": ()})
             return restored

@@ -63,6 +63,7 @@ def stage_config(resolution: int, lowres: int, **changes) -> ConfigDict:
         "text_length": 4,
         "network": {
             "name": "unet",
+            "patch": 1,
             "channels": 8,
             "channel_mults": (1,),
             "num_blocks": (1,),

@@ -16,7 +16,13 @@ def data():
 @data.command("build")
 @click.argument("dataset", type=click.Choice(["emoji"]))
 @click.option("--out", required=True, help="Folder for the record files.")
-@click.option("--variant", default="full", show_default=True, type=click.Choice(["full", "demo"]))
+@click.option(
+    "--variant",
+    default="full",
+    show_default=True,
+    type=click.Choice(["full", "small", "demo"]),
+    help="Which drawings: see docs/data.md.",
+)
 @click.option("--resolution", type=int, help="Side of the stored pictures. [default: variant's]")
 @click.option("--scenes", type=int, help="Number of composed scenes. [default: variant's]")
 @click.option("--seed", default=0, show_default=True)

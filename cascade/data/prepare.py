@@ -32,9 +32,10 @@ def build_emoji(
 
     Args:
       out: folder for data sets; this one goes to `out/emoji/<variant>/<version>`.
-      variant: "full" or "demo", see `cascade.data.emoji.builder.Emoji`.
+      variant: "full", "small" or "demo", see `cascade.data.emoji.builder.Emoji`.
       resolution: side of the pictures in pixels; None takes the variant's default (256; demo 128).
-      scenes: how many composed scenes to add to train; None takes the default (10,000; demo 0).
+      scenes: how many composed scenes to add to train; None takes the default (10,000;
+        small 3,000; demo 0).
       seed: decides the held-out drawings and the scenes.
       processes: processes that draw; None takes one for small builds, else one a core.
 
@@ -50,7 +51,7 @@ def build_emoji(
     from cascade.data.emoji.builder import DEFAULTS, Emoji
 
     if variant not in DEFAULTS:
-        raise UserError(f"Unknown variant {variant!r} of emoji; choose from full, demo.")
+        raise UserError(f"Unknown variant {variant!r} of emoji; choose from {', '.join(DEFAULTS)}.")
     settings = DEFAULTS[variant]._replace(seed=seed)
     if resolution is not None:
         settings = settings._replace(resolution=resolution)

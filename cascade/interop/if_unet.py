@@ -112,6 +112,7 @@ def read(where: str, description: Mapping[str, Any], super_resolution: bool) -> 
             "channels": unit,
             "channel_mults": tuple(width // unit for width in widths),
             "num_blocks": _blocks(d, levels),
+            "patch": 1,
             "strides": (1,) + (2,) * (levels - 1),
             "resampling": "block",
             "skips": "block",

@@ -108,6 +108,13 @@ def pixel_shuffle(x: jax.Array, stride: int) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * stride, w * stride, -1)
 
 
+def pixel_unshuffle(x: jax.Array, stride: int) -> jax.Array:
+    """`pixel_shuffle`'s inverse: [B, H·stride, W·stride, C] -> [B, H, W, stride²·C]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // stride, stride, w // stride, stride, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // stride, w // stride, -1)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He 2018), with an optional scale and shift an example.
 

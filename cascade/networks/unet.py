@@ -30,6 +30,8 @@ from cascade.networks.layers import (
     NoiseEmbedding,
     Style,
     conv3x3,
+    pixel_shuffle,
+    pixel_unshuffle,
 )
 from cascade.networks.levels import BEFORE_POLICIES, REMAT, Level
 from cascade.parallel.layout import Layout
@@ -54,7 +56,10 @@ class UNet(nn.Module):
       channels: width that `channel_mults` multiply.
       channel_mults: width of each level in units of `channels`.
       num_blocks: residual blocks of each level, on the way down and again on the way up.
-      strides: how many times smaller each level is than the one before; the first, than z_t.
+      patch: side of the squares of pixels that are folded into channels before the network (as in
+        ViT, Dosovitskiy et al. 2021) and out of them after it; 1 folds none. What it saves is the
+        finest sizes' work, most of a small network's.
+      strides: how many times smaller each level is than the one before; the first, than the input.
       resampling: "block" (BigGAN's up and down blocks), or strided convolution down and "nearest"
         (repeat and convolve) or "shuffle" (convolve to more channels, turned into pixels) up.
       skips: what the way up is given of each level: every "block"'s result, one for each block, or
@@ -93,6 +98,7 @@ class UNet(nn.Module):
 
     out_channels: int
     super_resolution: bool
+    patch: int
     channels: int
     channel_mults: tuple[int, ...]
     num_blocks: tuple[int, ...]
@@ -133,12 +139,12 @@ class UNet(nn.Module):
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """The size worked at: the next multiples of what the strides make of one pixel."""
-        whole = math.prod(self.strides)
+        whole = self.patch * math.prod(self.strides)
         return -(-height // whole) * whole, -(-width // whole) * whole
 
     def levels(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
         """Parameter group of each level, in order -> (height, width, channels) of its blocks."""
-        height, width = self.padded(height, width)
+        height, width = (side // self.patch for side in self.padded(height, width))
         down = {}
         for i, (stride, mult) in enumerate(zip(self.strides, self.channel_mults, strict=True)):
             height, width = height // stride, width // stride
@@ -191,7 +197,7 @@ class UNet(nn.Module):
         )
         if below or right:
             x = jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)), "edge")
-        x = conv3x3(self._width, style.dtype, "conv_in")(x)
+        x = conv3x3(self._width, style.dtype, "conv_in")(pixel_unshuffle(x, self.patch))
         skips, levels = [], range(len(self.strides))
         for i in levels:
             x, made = self._level(i, style, "down")(x, (), emb, text)
@@ -201,8 +207,8 @@ class UNet(nn.Module):
         for i in reversed(levels):
             x, _ = self._level(i, style, "up")(x, skips[i][::-1], emb, text)
         x = style.act(GroupNorm(self.norm_groups, jnp.float32, name="norm_out")(x))
-        x = conv3x3(self.out_channels, jnp.float32, "conv_out", zero=True)(x)
-        return x[:, :height, :width]
+        x = conv3x3(self.patch**2 * self.out_channels, jnp.float32, "conv_out", zero=True)(x)
+        return pixel_shuffle(x, self.patch)[:, :height, :width]
 
     @property
     def _width(self) -> int:
@@ -305,6 +311,8 @@ class UNet(nn.Module):
                 f"The network's middle_attention is {self.middle_attention}; give two truth values,"
                 " over pixels and over text."
             )
+        if self.patch < 1:
+            raise UserError(f"The network's patch is {self.patch}; make it 1 or more.")
         if set(self.strides) - {1, 2}:
             raise UserError(f"The network's strides are {self.strides}; make each of them 1 or 2.")
         for i, mult in enumerate(self.channel_mults):

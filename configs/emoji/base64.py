@@ -25,6 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "text_length": 48,
         "network": {
             "name": "unet",
+            "patch": 1,  # pixels a side folded into channels before the network; 1 folds none
             "channels": 128,
             "channel_mults": (1, 2, 2, 3),
             "num_blocks": (2, 2, 2, 2),

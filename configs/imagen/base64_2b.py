@@ -41,6 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "text_length": 128,
         "network": {
             "name": "unet",
+            "patch": 1,  # pixels a side folded into channels before the network; 1 folds none
             "channels": 512,
             "channel_mults": (1, 2, 3, 4),
             "num_blocks": (3, 3, 3, 3),

@@ -126,6 +126,17 @@ def test_scenes_of_train_show_no_heldout_drawing_and_heldout_ones_do():
     assert len(set(keys)) == len(keys)
 
 
+def test_a_small_set_is_of_known_drawings_in_scenes_of_its_own():
+    items = plan(Settings("small", resolution=64, scenes=200, seed=0))
+    known = {tuple(item.shows) for item in items["singles"]}
+    assert all(isinstance(item.shows, builder.Single) for item in items["singles"])
+    assert {style for _, style in known} == {"twemoji"}
+    scenes = {split: {item.shows for item in items[split]} for split in ("scenes", "heldout")}
+    assert len(scenes["scenes"]) == 200 and len(scenes["heldout"]) == 10
+    assert not scenes["scenes"] & scenes["heldout"]
+    assert {d for scene in set.union(*scenes.values()) for d in scene.drawings} <= known
+
+
 @given(seed=st.integers(0, 10_000), resolution=st.integers(16, 128))
 def test_boxes_lie_within_and_apart(seed, resolution):
     scene = draw_scene(np.random.default_rng(seed), SOLID, resolution)

@@ -28,6 +28,7 @@ from cascade.registry import check
 BASE = {
     "out_channels": 3,
     "super_resolution": False,
+    "patch": 1,
     "channels": 8,
     "channel_mults": (1, 2),
     "num_blocks": (1, 2),

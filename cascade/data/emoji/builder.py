@@ -52,6 +52,7 @@ class Item(NamedTuple):
 
 DEFAULTS = {
     "demo": Settings("demo", resolution=128, scenes=0, seed=0),
+    "small": Settings("small", resolution=256, scenes=3_000, seed=0),
     "full": Settings("full", resolution=256, scenes=10_000, seed=0),
 }
 
@@ -63,9 +64,11 @@ DEMO_HELDOUT = 16
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
-    """Emoji drawings with captions, in variants `demo` and `full`.
+    """Emoji drawings with captions, in variants `demo`, `small` and `full`.
 
     demo: 64 easily recognised ideas drawn by twemoji, all in train; 16 openmoji drawings held out.
+    small: the 861 ideas of things (`SCENE_GROUPS`) drawn by twemoji, in `singles`; scenes composed
+      of them, in `scenes`. Other scenes of the same drawings are held out.
     full: every captioned idea drawn by twemoji and by openmoji, and composed scenes. A tenth of the
       ideas is held out in one style; no held-out drawing occurs in a train picture, and every
       held-out scene has at least one.
@@ -77,6 +80,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012 - the attribute that TFDS reads
         tfds.core.BuilderConfig(name="demo", description="64 ideas, one style, for a quick start"),
+        tfds.core.BuilderConfig(name="small", description="Things in one style, and scenes"),
         tfds.core.BuilderConfig(name="full", description="All ideas, two styles, and scenes"),
     ]
 
@@ -116,7 +120,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 
 
 def plan(settings: Settings) -> dict[str, list[Item]]:
-    """Decides every record of both splits, before anything is drawn."""
+    """Decides every record of every split, before anything is drawn."""
     singles = heldout_split(settings)
     items = {
         split: [Item(f"{d.style}-{d.hexcode}", d, settings) for d in drawings]
@@ -133,6 +137,13 @@ def plan(settings: Settings) -> dict[str, list[Item]]:
             rng = np.random.default_rng([settings.seed, number, i])
             scene = draw_scene(rng, pools["train"], settings.resolution, required)
             items[split].append(Item(f"scene-{split}-{i:06d}", scene, settings))
+    if settings.variant == "small":  # apart, so that training can weigh the few singles more
+        drawn = len(singles["train"])
+        return {
+            "singles": items["train"][:drawn],
+            "scenes": items["train"][drawn:],
+            "heldout": items["heldout"],
+        }
     return items
 
 
@@ -151,6 +162,10 @@ def heldout_split(settings: Settings) -> dict[str, list[Single]]:
             "train": [Single(h, "twemoji") for h in hexcodes],
             "heldout": [Single(h, "openmoji") for h in hexcodes if h in chosen],
         }
+    if settings.variant == "small":
+        things = [h for h, idea in ideas().items() if idea.group in SCENE_GROUPS]
+        known = svg_paths("twemoji")
+        return {"train": [Single(h, "twemoji") for h in things if h in known], "heldout": []}
     train, heldout = [], []
     for hexcode in ideas():
         styles = [style for style in STYLES if hexcode in svg_paths(style)]

@@ -1,0 +1,70 @@
+"""A 64×64 base stage that two CPU cores can train: 861 things drawn by twemoji, and scenes of them.
+
+Squares of 4×4 pixels are folded into channels, so the network works at 16×16 and below, and the
+picture itself is predicted: with text that names one drawing of few, what is to be learnt is which.
+
+    cascade data build emoji --variant small --out data/emoji
+    cascade train --config configs/emoji/small_base.py --workdir runs/small_base
+"""
+
+from ml_collections import ConfigDict
+
+from cascade.configs import smoke
+from cascade.configs.emoji import base64
+
+EMOJI = {
+    "name": "tfds",
+    "dataset": "emoji/small",
+    "data_dir": "data/emoji",
+    "image_key": "image",
+    "caption_key": "captions",
+    "template": "{}",
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment; `arg` is "" or "smoke"."""
+    config = base64.get_config()
+    config.data.source = {
+        "name": "mixture",
+        "sources": {
+            "singles": {**EMOJI, "split": "singles"},
+            "scenes": {**EMOJI, "split": "scenes"},
+        },
+        "weights": {"singles": 0.6, "scenes": 0.4},
+    }
+    config.data.eval_source = {**EMOJI, "split": "heldout"}
+    config.data.cache_decoded = False  # a mixture's aren't
+
+    stage = config.stage
+    stage.network.update(
+        patch=4,
+        channels=48,
+        channel_mults=(1, 2, 4),
+        num_blocks=(2, 2, 2),
+        strides=(1, 2, 2),
+        resampling="shuffle",
+        entry_skips=False,
+        self_attention=(False, True, True),
+        text_attention=(False, True, True),
+        attention_per_block=False,
+        head_channels=48,
+        norm_groups=8,
+        dtype="float32",
+    )
+    stage.output, stage.weighting = "x", ConfigDict({"name": "x"})
+    stage.sampling.steps, stage.sampling.guidance = 30, 2.0
+
+    train = config.train
+    train.steps, train.batch_size = 7_500, 32
+    train.learning_rate = {
+        "name": "cosine",
+        "peak": 1e-3,
+        "warmup_steps": 200,
+        "decay_steps": 7_500,
+        "end": 2e-5,
+    }
+    train.ema_decay = 0.999
+    train.log_every, train.checkpoint_every = 50, 500
+    train.eval_every, train.eval_batches, train.sample_every = 1_000, 4, 1_000
+    return smoke.variant(config, arg)
