@@ -4,7 +4,7 @@ pipe = cascade.load("my-bundle")
 images = pipe("a red apple", num_images=4, seed=0)      # uint8 [4, H, W, 3]
 """
 
-__all__ = ["Cascade", "load"]
+__all__ = ["Between", "Cascade", "load"]
 
 
 def __getattr__(name: str):

@@ -11,26 +11,27 @@ from cascade.diffusion.samplers import SAMPLERS
 from cascade.diffusion.spacings import SPACINGS
 from cascade.errors import UserError
 from cascade.stage import Stage
+from cascade.text.between import Between
 from cascade.text.interface import checked_text
 
 MOST = {"steps": 100_000, "guidance": 10_000}  # magnitudes; far beyond what is of use
 MAX_SIDE = 16_384  # of the last stage's picture, pixels
 
 
-def checked_prompts(prompt: str | Sequence[str]) -> list[str]:
-    """One text or several as a list.
+def checked_prompts(prompt: str | Between | Sequence[str | Between]) -> list[str | Between]:
+    """One text or several as a list; any may lie between two.
 
     Raises:
       UserError: no text, one with half a character, or something else.
     """
-    prompts = [prompt] if isinstance(prompt, str) else prompt
+    prompts = [prompt] if isinstance(prompt, str | Between) else prompt
     if (
         not isinstance(prompts, Sequence)
         or len(prompts) == 0
-        or not all(isinstance(text, str) for text in prompts)
+        or not all(isinstance(text, str | Between) for text in prompts)
     ):
         raise UserError(f"The prompt is {str(prompt)[:60]!r}; give a text, or a list of texts.")
-    return [checked_text(text) for text in prompts]
+    return [checked_text(text) if isinstance(text, str) else text for text in prompts]
 
 
 def whole(name: str, value, least: int, most: int | None = None) -> int:

@@ -7,6 +7,7 @@ Text is encoded once and handed to every stage. What one stage hands to the next
 what its PNG file would hold, so enlarging a saved picture gives what the whole cascade gives.
 """
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -26,10 +27,14 @@ from cascade.parallel.rules import shardings
 from cascade.request import request
 from cascade.stage import Stage
 from cascade.students import check_negative_prompt
+from cascade.text.between import Between
 
 
 def load(
-    folder: str | os.PathLike, text_encoder=None, text_weights: str = "", mesh: Mesh | None = None
+    folder: str | os.PathLike | None = None,
+    text_encoder=None,
+    text_weights: str = "",
+    mesh: Mesh | None = None,
 ) -> "Cascade":
     """Reads a bundle, checks it, and makes it ready to draw.
 
@@ -42,11 +47,10 @@ def load(
     Raises:
       UserError: the bundle is damaged, untrained or doesn't fit together, on any process.
     """
+    if folder is None:
+        raise UserError("No bundle comes with the package yet; give the folder of one.")
     mesh = mesh or all_devices()
-
-    def read():
-        return bundle.load_bundle(folder, text_encoder, text_weights, mesh)
-
+    read = functools.partial(bundle.load_bundle, folder, text_encoder, text_weights, mesh)
     return Cascade(*on_all_processes(read, mesh), mesh)
 
 
@@ -124,7 +128,7 @@ class Cascade:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Between | Sequence[str | Between],
         num_images: int = 1,
         seed: int = 0,
         *,
@@ -145,8 +149,8 @@ class Cascade:
         """Draws pictures.
 
         Args:
-          prompt: one text or several. An empty one draws without a condition, and a warning in the
-            log says so, as it does where a prompt is longer than the encoder reads.
+          prompt: one text or several; `Between` two is one too. An empty one draws without a
+            condition, and the log warns of it, as of one that is longer than the encoder reads.
           num_images: pictures for each prompt.
           seed: 0 ... 2³² - 1.
           steps: sampling steps, one number for all stages or one for each; None is the bundle's.
@@ -197,7 +201,7 @@ class Cascade:
 
     def draw_batches(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Between | Sequence[str | Between],
         num_images: int = 1,
         seed: int = 0,
         *,
@@ -233,15 +237,13 @@ class Cascade:
         sizes, settings = stage_sizes(self.stages, size), self.settings(**changes)
         how = seed, negative_prompt, first_index, batch_size
         wanted = request(self.text_encoder, self.mesh, prompts, count, *how)
-        every = range(len(self.stages))
-        return batches.draw(
-            self._trained, self.mesh, wanted, every, settings, sizes, progress=progress
-        )
+        every = range(len(self.stages)), settings, sizes
+        return batches.draw(self._trained, self.mesh, wanted, *every, progress=progress)
 
     def upscale(
         self,
         images,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Between | Sequence[str | Between] = "",
         stage: int = 1,
         seed: int = 0,
         *,
@@ -297,7 +299,7 @@ class Cascade:
     def upscale_batches(
         self,
         images,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Between | Sequence[str | Between] = "",
         stage: int = 1,
         seed: int = 0,
         *,

@@ -1,5 +1,6 @@
 """What to draw: arguments that drawing and enlarging have in common, checked, and texts encoded."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 
 from cascade.arguments import whole
 from cascade.parallel.mesh import batch_shares
+from cascade.text.between import Between
 from cascade.text.interface import TextEncoder, checked_text
 
 
@@ -36,7 +38,7 @@ class Request(NamedTuple):
 def request(
     encoder: TextEncoder,
     mesh: Mesh,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Between],
     count: int,
     seed: int,
     negative_prompt: str,
@@ -66,15 +68,24 @@ def request(
     return Request(text, null, count // len(prompts), count, rows, seed, first_index)
 
 
-def _conditions(encoder: TextEncoder, texts: Sequence[str], what: str) -> dict[str, np.ndarray]:
+def _conditions(
+    encoder: TextEncoder, prompts: Sequence[str | Between], what: str
+) -> dict[str, np.ndarray]:
     """text_emb [P, L, D] and text_mask [P, L]; a text without words has the null condition."""
+    ends = ([p.first, p.second] if isinstance(p, Between) else [p] for p in prompts)
+    texts = list(itertools.chain.from_iterable(ends))
     emb, mask = encoder.encode(texts, what)
     null_emb, null_mask = encoder.null()
     blank = np.array([not text.strip() for text in texts]) | ~np.asarray(mask).any(axis=1)
-    return {
-        "text_emb": np.where(blank[:, None, None], null_emb, emb),
-        "text_mask": np.where(blank[:, None], null_mask, mask),
-    }
+    emb = np.where(blank[:, None, None], null_emb, emb)
+    mask = np.where(blank[:, None], null_mask, mask)
+    rows = zip(emb, mask, strict=True)
+    conditions = [
+        prompt.blend(next(rows), next(rows)) if isinstance(prompt, Between) else next(rows)
+        for prompt in prompts
+    ]
+    text_emb, text_mask = map(np.stack, zip(*conditions, strict=True))
+    return {"text_emb": text_emb, "text_mask": text_mask}
 
 
 def _led_away_from(encoder: TextEncoder, negative_prompt: str) -> dict[str, np.ndarray]:

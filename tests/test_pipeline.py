@@ -215,6 +215,17 @@ def test_an_empty_negative_prompt_goes_without_saying(base, caplog):
     assert not caplog.text
 
 
+def test_between_two_prompts_are_pictures_from_one_to_the_other(base):
+    path = [cascade.Between("two blue birds", "moon", fraction) for fraction in (0, 0.5, 1)]
+    first, middle, last = (base(prompt, progress=False) for prompt in path)
+    np.testing.assert_array_equal(first, base("two blue birds", progress=False))
+    np.testing.assert_array_equal(last, base("moon", progress=False))
+    assert spread(middle, first) > 1 and spread(middle, last) > 1
+    beside = base([path[1], "moon", path[0]], progress=False)
+    np.testing.assert_array_equal(beside[:1], middle)
+    np.testing.assert_array_equal(beside[1:2], base("moon", first_index=1, progress=False))
+
+
 def test_with_the_real_text_encoder(tmp_path, caplog):
     from cascade.text.encoders import minilm
 
@@ -321,6 +332,11 @@ def test_a_cascade_draws_in_tiles(pipe):
     assert tiled.shape == whole.shape and not np.array_equal(tiled, whole)
     enlarged = pipe.upscale(base, "moon", steps=1, tile=8, tile_overlap=4, progress=False)
     np.testing.assert_array_equal(enlarged, tiled)
+
+
+def test_no_bundle_comes_with_the_package_yet():
+    with pytest.raises(UserError, match="yet"):
+        cascade.load()
 
 
 def test_stages_that_do_not_fit_or_were_not_trained(stages):
