@@ -69,6 +69,7 @@ def ours(folder: Path, side: int) -> Iterator:
         "ground": "#ffffff",
         "crop": "centre",
         "buckets": (),
+        "mirror": 0.0,
         "workers": 0,
         "max_broken_rate": 0.0,
         "cache_decoded": False,

@@ -239,7 +239,8 @@ def from_json(tree) -> ConfigDict:
 
     What runs and bundles wrote before `remat` had policies, True or False, is read as the policy
     that it meant, and an interval of guidance from before there were other schedules as its. What
-    was trained before there were students is none, and folded no pixels before networks could.
+    was trained before there were students is none, and folded no pixels before networks could, nor
+    was a picture mirrored.
     """
 
     def restore(value):
@@ -254,6 +255,8 @@ def from_json(tree) -> ConfigDict:
                 restored |= {"guidance_schedule": schedule, "searched": ()}
             if "embed_aug" in restored:
                 restored = {"embed_guidance": False, "patch": 1, **restored}
+            if "max_broken_rate" in restored and "eval_source" in restored:
+                restored.setdefault("mirror", 0.0)
             if "text_drop" in restored:
                 restored.setdefault("distilled", {"steps": 0, "guidance": ()})
             return restored

@@ -70,6 +70,7 @@ SCHEMA = {
         "ground": str,
         "crop": str,
         "buckets": tuple,  # of (height, width), for training on crops; (): squares alone
+        "mirror": float,  # share of training pictures
         "workers": int,
         "max_broken_rate": float,
         "cache_decoded": bool,
@@ -197,6 +198,7 @@ RANGES = {
     },
     "data": {
         "filter": {"min_side": at_least(0), "max_aspect": at_least(1.0)},
+        "mirror": between(0, 1),
         "workers": at_least(0),
         "max_broken_rate": between(0, 1),
     },

@@ -12,7 +12,7 @@ from cascade import config
 from cascade.errors import UserError
 from cascade.schema import SCHEMA, Part
 
-CONFIGS = ["base64", "sr256", "demo_base", "demo_sr"]
+CONFIGS = ["base64", "sr256", "small_base", "small_sr", "demo_base", "demo_sr"]
 BASE = "configs/emoji/base64.py"
 
 
@@ -240,6 +240,13 @@ def test_what_was_recomputed_before_policies_is_read_as_one(before, now):
     saved = config.to_json(loaded)
     saved["stage"]["network"]["remat"] = before
     assert config.from_json(saved).stage.network.remat == now
+
+
+def test_what_was_trained_before_pictures_were_mirrored_mirrored_none():
+    loaded = config.load(BASE)
+    saved = config.to_json(loaded)
+    del saved["data"]["mirror"]
+    assert config.from_json(saved).to_dict() == loaded.to_dict()
 
 
 @pytest.mark.parametrize(

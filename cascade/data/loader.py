@@ -69,11 +69,12 @@ class Prepare(NamedTuple):
     pair: PairCrop
     train: bool
     random_crop: bool
+    mirror: float
     seed: int
     share: Share
 
     def __call__(self, place: int):
-        """Reads, preprocesses and crops a record; its caption is drawn, or the first."""
+        """Reads, preprocesses, crops and mirrors a record; its caption is drawn, or the first."""
         position = self.share.position(place)
         rng = np.random.default_rng([self.seed, position, OF_A_PICTURE])
         index = self.order(position)
@@ -90,7 +91,11 @@ class Prepare(NamedTuple):
         choice = int(rng.integers(len(record["captions"]))) if self.train else 0
         offset = self.pair.offset(rng if self.train else None, picture.shape[:2])
         caption = record["captions"][choice]
-        return {"caption": caption, "position": position, **self.pair(picture, offset)}
+        cut = self.pair(picture, offset)
+        # Drawn last, so that what is drawn before doesn't depend on whether any are mirrored.
+        if self.train and rng.random() < self.mirror:
+            cut = {name: np.ascontiguousarray(pixels[:, ::-1]) for name, pixels in cut.items()}
+        return {"caption": caption, "position": position, **cut}
 
     def blank(self) -> dict[str, Any]:
         """A black picture with some caption of the source."""
@@ -227,9 +232,10 @@ def make_loader(
 ) -> grain.DatasetIterator:
     """An iterator over this process's batches; `get_state` and `set_state` save its position.
 
-    Training goes on for ever, each pass in a new order; captions and crops are drawn anew at each
-    visit. Evaluation is one pass in the source's order with first captions and centre crops; its
-    last batch is padded, and "valid" [B] bool says which pictures count.
+    Training goes on for ever, each pass in a new order; captions, crops and which pictures are
+    mirrored, left for right, are drawn anew at each visit. Evaluation is one pass in the source's
+    order with first captions and centre crops, and mirrors none; its last batch is padded, and
+    "valid" [B] bool says which pictures count.
 
     A state fits a loader of the same section, sizes and global batch, and no other; of how many
     processes is all the same, see `Position.set_state`.
@@ -241,7 +247,7 @@ def make_loader(
       crop_resolution: side of a super-resolution stage's training crops, 0 for whole pictures.
       texts: captions -> their arrays [B, ...] in a batch; stays in this process. See
         `EmbeddingCache.lookup` and `cascade.text.on_the_fly.Tokenized`.
-      seed: decides order, captions and crops.
+      seed: decides order, captions, crops and mirroring.
       batch_size: of one process: of a global batch it loads the process_index-th block.
       train: which source, and which of the two ways above.
       source: what `make_source` gave, to build it only once; None builds it here.
@@ -275,7 +281,8 @@ def make_loader(
     mixed = train and isinstance(source, Mixture)
     order = source.order(seed) if mixed else Order(len(source), seed if train else None)
     share = Share(process_index, process_count, batch_size)
-    prepare = Prepare(source, order, preprocess, pair, train, random_crop, seed, share)
+    drawn = (train, random_crop, section["mirror"], seed)
+    prepare = Prepare(source, order, preprocess, pair, *drawn, share)
     places = ENDLESS if train else -(-len(source) // (batch_size * process_count)) * batch_size
     judge = Judge(len(source), section["max_broken_rate"])
     fill = None if train else Fill(prepare.blank(), judge)

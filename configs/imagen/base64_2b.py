@@ -124,6 +124,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "ground": "#ffffff",  # what shows through transparent pictures
         "crop": "centre",
         "buckets": (),  # (height, width) of long pictures, for a stage that trains on crops
+        "mirror": 0.0,  # chance of a training picture to be turned left for right
         "workers": 16,
         "max_broken_rate": 0.01,
         "cache_decoded": False,

@@ -82,6 +82,7 @@ def section(folder, **changes):
             "ground": "#ffffff",
             "crop": "centre",
             "buckets": SIZES,
+            "mirror": 0.0,
             "workers": 0,
             "max_broken_rate": 0.0,
             "cache_decoded": False,
@@ -119,6 +120,14 @@ def test_crops_reach_all_over_every_bucket_and_lowres_goes_with_them(pictures):
     for places, (height, width) in zip(seen, SIZES, strict=True):
         rows, columns = range(0, height - 15, 4), range(0, width - 15, 4)
         assert places == {(row, column) for row in rows for column in columns}
+
+
+def test_crops_of_buckets_are_mirrored_whole(pictures):
+    plain, mirrored = (loader(section(pictures, mirror=p)) for p in (0.0, 1.0))
+    for _ in range(10):
+        before, after = next(plain), next(mirrored)
+        for name in ("image", "lowres"):
+            np.testing.assert_array_equal(after[name], before[name][:, :, ::-1])
 
 
 def test_evaluation_takes_the_centres(pictures):

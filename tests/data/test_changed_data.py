@@ -50,6 +50,7 @@ def loader(source, rate: float = 0.1):
             "ground": "#ffffff",
             "crop": "centre",
             "buckets": (),
+            "mirror": 0.0,
             "workers": 0,
             "max_broken_rate": rate,
             "cache_decoded": False,

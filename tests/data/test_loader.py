@@ -59,6 +59,7 @@ def section(folder, **changes) -> ml_collections.ConfigDict:
             "ground": "#ffffff",
             "crop": "centre",
             "buckets": (),
+            "mirror": 0.0,
             "workers": 0,
             "max_broken_rate": 0.1,
             "cache_decoded": False,
@@ -219,6 +220,64 @@ def test_random_crop_of_a_long_picture(tmp_path):
     assert starts == set(range(57))
     central = next(loader(section(tmp_path)))["image"]
     np.testing.assert_allclose((central[0, 0, :, 0] + 1) * 127.5, np.arange(28, 36), atol=ROUNDING)
+
+
+def random_pictures(folder, records=8):
+    """Pictures of noise, 16 pixels a side, no two rows or columns of which are alike."""
+    rng = np.random.default_rng(0)
+    for i in range(records):
+        noise = rng.integers(256, size=(16, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"{i}\n{i} again")
+    return folder
+
+
+# A base stage's pictures, and a super-resolution stage's crops with their lowres.
+WHOLE = dict(resolution=16, batch_size=8)
+CROPS = dict(resolution=16, lowres_resolution=4, crop_resolution=8, batch_size=8)
+
+
+@pytest.mark.parametrize("stage", [WHOLE, CROPS])
+def test_a_picture_is_mirrored_exactly_or_not_at_all(tmp_path, stage):
+    folder, batches, share = random_pictures(tmp_path), 60, 0.3
+    plain, some, every = (
+        take(loader(section(folder, mirror=p), **stage), batches) for p in (0.0, share, 1.0)
+    )
+    mirrored = {name: [] for name in ("image", "lowres") if name in plain[0]}
+    for batch, before, turned in zip(some, plain, every, strict=True):
+        assert spelled(batch) == spelled(before) == spelled(turned)
+        for name, found in mirrored.items():
+            np.testing.assert_array_equal(turned[name], before[name][:, :, ::-1])
+            changed = (batch[name] != before[name]).any((1, 2, 3))
+            found += changed.tolist()
+            which = changed[:, None, None, None]
+            np.testing.assert_array_equal(batch[name], np.where(which, turned[name], before[name]))
+    assert len({tuple(found) for found in mirrored.values()}) == 1
+    found = mirrored["image"]
+    deviation = np.sqrt(share * (1 - share) / len(found))
+    assert abs(np.mean(found) - share) < 4 * deviation
+    assert len(set(map(tuple, np.reshape(found, (-1, 8))))) > 10  # drawn anew in every pass
+
+
+def test_what_is_mirrored_is_the_position_s(tmp_path):
+    data = section(random_pictures(tmp_path), mirror=0.5)
+    unbroken = loader(data, **CROPS)
+    take(unbroken, 3)
+    state, rest = unbroken.get_state(), take(unbroken, 4)
+    helped = loader(section(tmp_path, mirror=0.5, workers=2), **CROPS)
+    helped.set_state(state)
+    assert_same(take(helped, 4), rest)
+    helped.close()
+    whole, shares = (together(shared(data, n, resolution=16), 6) for n in (1, 3))
+    assert_same(whole, shares)
+
+
+def test_evaluation_mirrors_nothing(tmp_path):
+    folder = random_pictures(tmp_path)
+    plain, mirrored = (
+        take(loader(section(folder, mirror=p), train=False, **WHOLE), 1) for p in (0.0, 1.0)
+    )
+    assert_same(plain, mirrored)
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -39,6 +39,7 @@ def data(**changes) -> ml_collections.ConfigDict:
             "ground": "#ffffff",
             "crop": "centre",
             "buckets": (),
+            "mirror": 0.0,
             "workers": 0,
             "max_broken_rate": 0.0,
             "cache_decoded": False,
