@@ -4,7 +4,7 @@ Salimans & Ho 2022 (arxiv.org/abs/2202.00512), as their published code has it
 (google-research/diffusion_distillation, config/cifar_distill.py): from 8192 steps, 50,000 updates a
 halving (the paper: 100,000 for 2 steps and for 1, so 750,000 in all), batches of 128, Adam at 5e-5
 annealed to 0 in a line within each halving, gradients clipped at 1, x predicted and weighed by the
-truncated SNR, no average and no dropout. Their students' FID:
+truncated SNR, half of the pictures mirrored, no average and no dropout. Their students' FID:
 
     steps   8      4      2      1
     FID     2.57   3.00   4.51   9.12
