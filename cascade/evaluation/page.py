@@ -65,12 +65,12 @@ def side_by_side(
     """Names of columns; and of each of the first pictures, its prompt and it in every column.
 
     The last column is the real picture, where the sets were drawn from captions of the source. A
-    row in which one is missing isn't shown.
+    row in which one is missing isn't shown, nor is one that isn't scored.
     """
     names = [", ".join(f"{key} {value}" for key, value in scored.about.items()) for scored in sets]
     places = sets[0].places[:SHOWN]
     rows = []
-    for i in range(SHOWN):
+    for i in range(min(SHOWN, *(scored.count for scored in sets))):
         row = [scored.record.kept(i) for scored in sets]
         row += [real.kept(places[i])] if i < len(places) else []
         prompt = sets[0].prompts[i] if i < len(sets[0].prompts) else ""

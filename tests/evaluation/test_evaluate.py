@@ -161,6 +161,7 @@ def test_more_pictures_and_other_ways_use_what_is_there(folder, tmp_path, monkey
     scored(folder, tmp_path, num=10, steps=[2, 3])
     assert asked == [(12, 14, 2), (0, 10, 3)]
     rows = metrics(tmp_path)
+    assert (tmp_path / "report.html").read_text().count("<img") == 10 * 3  # and real ones
     assert [row["pictures"] for row in rows] == [10, 10, 12]
     assert [row["steps"] for row in rows] == ["2", "3", ""]
 
