@@ -1,0 +1,31 @@
+"""The small cascade in a few steps: guidance folded into both stages, then halvings 64 → 1.
+
+    cascade train --config configs/emoji/small_base.py --workdir runs/small_base
+    cascade train --config configs/emoji/small_sr.py --workdir runs/small_sr
+    cascade bundle --stages runs/small_base runs/small_sr --out small-bundle
+    cascade distill --cascade --config configs/emoji/small_distill.py --workdir runs/small_few
+
+One stage alone is `configs/emoji/small_distill.py:base` or `:sr`, and `:smoke` shrinks either.
+"""
+
+from ml_collections import ConfigDict
+
+from cascade.configs import distillation, smoke
+from cascade.configs.emoji import small_base, small_sr
+
+STAGES = {"base": small_base, "sr": small_sr}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Both stages' distillations by name, or one's; `arg` as in `configs/imagen/cascade.py`."""
+    name, variant, config = smoke.cascade(STAGES, arg)
+    distillation.of(config.base, teacher="small-bundle", steps=(64, 1), guidance=(1.0, 4.0))
+    distillation.of(config.sr, teacher="small-bundle", steps=(32, 1), guidance=(1.0, 2.0))
+    for each in config.values():
+        each.stage.weighting = {"name": "x"}  # as their teachers were trained
+        each.train.steps = each.train.learning_rate.decay_steps = 300
+        each.distill.updates_last = 500
+        each.train.learning_rate.peak = 3e-4
+        if variant == "smoke":
+            distillation.shrink(each)
+    return config[name] if name else config

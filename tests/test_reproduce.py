@@ -1,0 +1,43 @@
+"""The shipped bundle's recipes: whole, refused where they don't fit, and run to their end."""
+
+import pytest
+from click.testing import CliRunner
+
+from cascade import config, reproduce
+from cascade.cli import main
+from cascade.data.emoji.builder import DEFAULTS
+from cascade.errors import UserError
+from cascade.training.halvings import halvings
+
+
+@pytest.mark.parametrize("name", reproduce.RECIPES)
+def test_a_recipe_has_what_it_names(name):
+    recipe = reproduce.RECIPES[name]
+    assert recipe.variant in DEFAULTS
+    lessons = config.load_cascade([recipe.distill])
+    assert list(lessons) == list(recipe.stages) == list(recipe.students)
+    for stage, lesson in lessons.items():
+        trained = config.load(recipe.stages[stage])
+        assert trained.stage.resolution == lesson.stage.resolution
+        assert str(recipe.students[stage]) in [halving.name for halving in halvings(lesson)]
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no recipe 'tiny'; choose from small, full, smoke"):
+        reproduce.run(tmp_path, "tiny")
+    assert not list(tmp_path.iterdir())
+    reproduce.begin(tmp_path, "full")
+    with pytest.raises(UserError, match="begun by the recipe 'full', not 'small'"):
+        reproduce.run(tmp_path, "small")
+
+
+@pytest.mark.slow
+def test_it_makes_a_bundle_that_draws_and_reuses_it(tmp_path, monkeypatch):
+    reproduce.run(tmp_path, "smoke")
+    assert (tmp_path / "evaluation" / "report.html").is_file()
+    words = ["sample", "--bundle", str(tmp_path / "bundle"), "--prompt", "a cat", "--num", "1"]
+    drawn = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "out")])
+    assert drawn.exit_code == 0, drawn.output
+    for job in ("train", "distill_cascade", "bundle_runs"):
+        monkeypatch.setattr(reproduce, job, lambda *_, **__: pytest.fail("made again"))
+    reproduce.run(tmp_path, "smoke")
