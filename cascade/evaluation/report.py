@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jinja2
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -98,9 +99,16 @@ def png_uri(image: np.ndarray) -> str:
 def loss_curve(stage: StageSummary) -> str:
     """A stage's training and evaluation loss over steps, as a data: address of an SVG."""
     figure = Figure(figsize=(6, 3), layout="constrained")  # without pyplot it needs no screen
-    axes = figure.subplots()
-    train = [(row["step"], row["loss"]) for row in stage.metrics if "loss" in row]
-    held_out = [(row["step"], row["eval_loss"]) for row in stage.metrics if "eval_loss" in row]
+    plot_losses(figure.subplots(), stage.name, stage.metrics)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue().encode()).decode()
+
+
+def plot_losses(axes: Axes, title: str, rows: Sequence[Mapping[str, float]]):
+    """Draws the training and evaluation loss in rows of a metrics.jsonl over their steps."""
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     if train:
         steps, losses = np.array(train).T
         axes.plot(steps, losses, color="#9ec5e8", linewidth=1, label="training")
@@ -109,12 +117,9 @@ def loss_curve(stage: StageSummary) -> str:
         axes.plot(steps[width - 1 :], smooth, color="#1f6fb5", label=f"mean of {width} rows")
     if held_out:
         axes.plot(*np.array(held_out).T, "o-", color="#d1603d", label="held out (EMA weights)")
-    axes.set(xlabel="step", ylabel="weighted loss", yscale="log", title=stage.name)
+    axes.set(xlabel="step", ylabel="weighted loss", yscale="log", title=title)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue().encode()).decode()
 
 
 def flat(tree: Mapping, prefix: str = "") -> dict[str, str]:
