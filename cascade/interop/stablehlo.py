@@ -229,6 +229,10 @@ def _sample_program(
     }
     if not stage.is_base:
         arguments["aug_level"] = scalar
+    weight = "w of w eps(cond) + (1 - w) eps(null_cond)"
+    if stage.embeds_guidance:
+        low, high = stage.config.distilled.guidance
+        weight = f"w, from {low:g} to {high:g}, which the network is told; null_cond isn't used"
 
     def call(params, cond, null_cond, keys, guidance_weight, aug_level=None):
         typed = jax.random.wrap_key_data(keys, impl=KEY_IMPLEMENTATION)
@@ -243,8 +247,7 @@ def _sample_program(
         "null_cond/text_emb": "states of what guidance leads away from: null_emb, or other text",
         "null_cond/text_mask": "likewise: null_mask, or other text's",
         "keys": f"a {KEY_IMPLEMENTATION} key for each picture: any two numbers",
-        "guidance_weight": "w of w eps(cond) + (1 - w) eps(null_cond), null_cond unused where w was"
-        " distilled into the network",
+        "guidance_weight": weight,
         "aug_level": "how much noise is put on lowres, 0 … 1",
         "x": "pictures in [-1, 1], as rows, columns, channels",
     }

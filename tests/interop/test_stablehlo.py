@@ -144,6 +144,44 @@ def test_the_manifest_lists_arguments_as_the_files_take_them(exported, stages, i
     assert [kind.count("?") for kind in types[1:]] == [shape.count("b") for shape, _ in taken]
 
 
+def loads(monkeypatch, *stages):
+    """Lets an export find these stages in whatever folder it is given."""
+    loaded = type("Loaded", (), {"stages": stages, "text_encoder": WordEncoder()})
+    monkeypatch.setattr("cascade.interop.stablehlo.load_bundle", lambda folder, **_: loaded)
+
+
+def test_a_guided_student_draws_by_every_weight_that_it_learnt(monkeypatch, tmp_path):
+    """As the pipeline does, one program for all; in other steps than its own it isn't exported."""
+    config = stage_config(8, 0, distilled={"steps": 2, "guidance": (1.0, 6.0)})
+    config.network.embed_guidance = True
+    config.sampling.sampler, config.sampling.steps = {"name": "ddim"}, 2
+    student = trained(config)
+    loads(monkeypatch, student)
+    with pytest.raises(UserError, match="distilled to draw in 2 steps and is asked for 3"):
+        export_stablehlo("student", tmp_path / "out", steps=3, progress=False)
+    out = export_stablehlo("student", tmp_path / "out", prompts=PROMPTS, progress=False)
+    (entry,) = manifest_of(out)["stages"]
+    (row,) = (
+        each
+        for each in entry["programs"]["sample"]["arguments"]
+        if each["name"] == "guidance_weight"
+    )
+    assert row["shape"] == [] and "from 1 to 6" in row["meaning"]
+    text, weights = (load_file(out / f"{name}.safetensors") for name in ("text", "stage0"))
+    cond = {key: text[key][1:] for key in ("text_emb", "text_mask")}
+    null_cond = {f"text_{key}": text[f"null_{key}"][None] for key in ("emb", "mask")}
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 0), 0)
+    draw = jax.jit(program(out, 0, "sample").call)
+    pipe, drawn = Cascade((student,), TEXT, WordEncoder()), []
+    for weight in (1.0, 4.5):
+        keys, told = jax.random.key_data(key)[None], np.float32(weight)
+        x = np.asarray(draw(weights, cond, null_cond, keys, told)["x"])
+        drawn.append(np.rint(127.5 * (x + 1)).astype(int))
+        wanted = pipe("moon", seed=5, guidance=weight, progress=False)
+        assert np.abs(drawn[-1] - wanted).max() <= 1  # of 255
+    assert np.abs(drawn[0] - drawn[1]).max() > 1 and draw._cache_size() == 1
+
+
 @pytest.mark.parametrize(
     ("lowres", "changes"),
     [
@@ -162,12 +200,7 @@ def test_what_deepfloyd_needs_is_drawn_for_any_batch(monkeypatch, tmp_path, lowr
     plain = Stage(config.copy_and_resolve_references())
     network.stage.config.network.attention_implementation = "cudnn"  # as on the GPU it came from
     below = [] if lowres == 0 else [trained(stage_config(8, 0))]
-    monkeypatch.setattr(
-        "cascade.interop.stablehlo.load_bundle",
-        lambda folder, **_: type(
-            "Loaded", (), {"stages": (*below, network), "text_encoder": WordEncoder()}
-        ),
-    )
+    loads(monkeypatch, *below, network)
     last = len(below)
     out = export_stablehlo("bundle", tmp_path / "out", stages=[last], progress=False)
     (entry,) = manifest_of(out)["stages"]
