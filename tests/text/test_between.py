@@ -29,7 +29,7 @@ def test_the_shorter_text_goes_on_with_its_last_state(fraction):
     np.testing.assert_array_equal(mask, LONG[1])
     assert emb.dtype == np.float32 and not emb[~mask].any()
     continued = SHORT[0][[0, 1, 1, 1]]
-    np.testing.assert_allclose(emb[:4], LONG[0][:4] + fraction * (continued - LONG[0][:4]), 1e-5)
+    np.testing.assert_allclose(emb[:4], LONG[0][:4] + fraction * (continued - LONG[0][:4]), 1e-6)
 
 
 def test_the_way_back_is_the_same():
