@@ -1,7 +1,7 @@
 """What a cascade's pictures lose, and what time they save, in ever fewer steps.
 
     cascade distill --cascade --config configs/emoji/small_distill.py --workdir runs/small_few
-    python bench/few_steps.py --run runs/small_few --config configs/emoji/small_base.py
+    python bench/few_steps.py --run runs/small_few --config configs/emoji/small_sr.py
 
 Of the base stage, captions of the training set are drawn by the teacher in 64, 32, … 1 steps of
 DDIM and of DPM-Solver++(2M), and by every student, all guided by the same weight, and compared with
@@ -16,6 +16,7 @@ Whatever follows changes the config: --config.data.eval_source.data_dir=elsewher
 import hashlib
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -48,8 +49,8 @@ class Drawing(NamedTuple):
 @click.option("--whole", default=64, show_default=True, help="Pictures of the cascade.")
 @click.option("--guidance", default=2.0, show_default=True, help="Of the base stage.")
 @click.option("--sr-guidance", default=1.5, show_default=True, help="Of the other.")
-@click.option("--slow-steps", default=(50, 30), show_default=True, help="Of the teachers.")
-@click.option("--fast-steps", default=(8, 4), show_default=True, help="Of the students.")
+@click.option("--slow-steps", nargs=2, default=(50, 30), show_default=True, help="Of the teachers.")
+@click.option("--fast-steps", nargs=2, default=(8, 4), show_default=True, help="Of the students.")
 @click.option("--name", default="few-steps", show_default=True, help="Of the results' files.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def main(
@@ -76,6 +77,9 @@ def main(
     found = {"base": base_rows, "cascade": whole_rows, "times faster": slow / fast}
     write_whole(RESULTS / f"{name}.json", json.dumps(found, indent=1))
     plot(base_rows).savefig(RESULTS / f"{name}.png", dpi=120)
+    for part in ("base", "cascade"):
+        shutil.copyfile(out / part / "metrics.md", RESULTS / f"{name}-{part}.md")
+        shutil.copyfile(out / part / "sheet.png", RESULTS / f"{name}-{part}.png")
     click.echo(f"In {fast_steps} steps a picture takes {slow / fast:.1f} times less time.")
 
 
@@ -121,7 +125,7 @@ def plot(rows: list[dict]) -> Figure:
     """Fréchet distance over the number of steps, a line for each way to draw."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    told = [row for row in rows if row.get("by")]
+    told = [row for row in rows if row.get("steps")]  # but for the real ones
     for artist, sampler in dict.fromkeys((row["by"], row["sampler"]) for row in told):
         line = [row for row in told if (row["by"], row["sampler"]) == (artist, sampler)]
         steps = [int(row["steps"]) for row in line]

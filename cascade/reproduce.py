@@ -122,6 +122,6 @@ def make(recipe: Recipe):
     if not pathlib.Path("bundle").is_dir():
         students = [f"few/{stage}/students/{steps}" for stage, steps in recipe.students.items()]
         bundle_runs(students, "bundle", dtype="bfloat16")
-    first, *_ = recipe.stages.values()
-    against = Against(first, "evaluation", "train")
+    *_, last = recipe.stages.values()  # whose pictures are as large as those drawn
+    against = Against(last, "evaluation", "train")
     click.echo(score_bundle(against, "bundle", num=recipe.pictures))

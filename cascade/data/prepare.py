@@ -35,7 +35,7 @@ def build_emoji(
       variant: "full", "small" or "demo", see `cascade.data.emoji.builder.Emoji`.
       resolution: side of the pictures in pixels; None takes the variant's default (256; demo 128).
       scenes: how many composed scenes to add to train; None takes the default (10,000;
-        small 3,000; demo 0).
+        small 2,000; demo 0).
       seed: decides the held-out drawings and the scenes.
       processes: processes that draw; None takes one for small builds, else one a core.
 
