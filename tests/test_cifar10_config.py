@@ -16,6 +16,7 @@ from cascade.data.sources import SOURCES
 from cascade.networks.cost import describe as level_costs
 from cascade.registry import build
 from cascade.stage import Stage
+from cascade.training.halvings import check_distillation
 from cascade.training.optim import make_optimizer
 from cascade.training.state import TrainState, make_train_step
 
@@ -30,6 +31,22 @@ def test_cost_is_what_a_hand_counts():
     parameters, flops = whole(stage.config, 32)
     assert sum(row.parameters for row in rows) == parameters
     assert sum(row.flops for row in rows) == pytest.approx(flops, rel=1e-12)
+
+
+@pytest.mark.parametrize("arg", ["", ":smoke"])
+def test_a_small_teacher_and_its_students_are_of_one_kind(arg):
+    teacher, students = (
+        config.load(f"configs/cifar10/{name}.py{arg}") for name in ("small", "small_distill")
+    )
+    check_distillation(students)
+    shapes = [
+        jax.tree.map(jnp.shape, jax.eval_shape(Stage(each.stage).init, jax.random.key(0)))
+        for each in (teacher, students)
+    ]
+    assert shapes[0] == shapes[1]
+    sections = ("text", "text_cache", "data")
+    assert all(teacher[key] == students[key] for key in sections)
+    assert teacher.data.mirror == config.load(f"{NAME}{arg}").data.mirror == 0.5
 
 
 def test_it_reads_what_the_command_writes(tmp_path, monkeypatch):
