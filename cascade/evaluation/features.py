@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cascade.errors import UserError
+from cascade.evaluation.download import fetch
+from cascade.evaluation.torch_weights import is_torch_file, read_state_dict
 from cascade.networks import convolutions, efficientnet_lite, inception
 from cascade.parallel.mesh import batch_sharding, put, replicated, split_rows
 
@@ -26,11 +28,6 @@ VENDORED = Path(__file__).parent / "efficientnet_lite0" / "model.safetensors"
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 RESIZES = ("antialiased", "bilinear")
-CONVERSION = (
-    'python -c "import torch, safetensors.torch as s; '
-    "s.save_file(torch.load('pt_inception-2015-12-05-6726825d.pth', weights_only=True), "
-    "'inception.safetensors')\""
-)
 
 
 class Extractor:
@@ -130,12 +127,14 @@ def fid_inception(file: str | Path, mesh: Mesh, kind: str = "antialiased") -> Ex
     as clean-fid does, and they are called "…-Inception".
 
     Args:
-      file: a safetensors file of the state dict of `pt_inception-2015-12-05-6726825d.pth`, by its
-        own names. That file itself is a pickle, which isn't read here; `CONVERSION` converts it.
+      file: `pt_inception-2015-12-05-6726825d.pth`, which is read without unpickling, or a
+        safetensors file of its tensors by their names; or "download", see
+        `cascade.evaluation.download`.
       kind: see `resize`.
 
     Raises:
-      UserError: no such file or kind, another format, or not this network's tensors.
+      UserError: no such file or kind, another format, or not this network's tensors; or it can't be
+        fetched.
     """
     if kind not in RESIZES:
         raise UserError(f"Unknown resize {kind!r}; choose from {', '.join(RESIZES)}.")
@@ -144,7 +143,8 @@ def fid_inception(file: str | Path, mesh: Mesh, kind: str = "antialiased") -> Ex
         x = resize(pictures.astype(jnp.float32) / 255.0, inception.SIDE, kind)
         return 2.0 * x - 1.0
 
-    tensors, digest = _read(Path(file).expanduser())
+    path = fetch() if file == "download" else Path(file).expanduser()
+    tensors, digest = _read(path)
     network, side = inception.fid_inception, inception.SIDE
     params = convolutions.fold("the FID Inception", network, side, inception.EPS, tensors)
     name = "Inception" if kind == "antialiased" else f"Inception-{kind}"
@@ -153,18 +153,20 @@ def fid_inception(file: str | Path, mesh: Mesh, kind: str = "antialiased") -> Ex
 
 @functools.lru_cache(maxsize=1)
 def _read(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """A safetensors file's tensors, and its sha256."""
+    """The tensors of a safetensors file or of one of PyTorch's, and its sha256."""
     try:
         with open(path, "rb") as stream:
+            pickled = is_torch_file(stream.read(4))
+            stream.seek(0)
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return load_file(path), digest
+        return read_state_dict(path) if pickled else load_file(path), digest
     except OSError as error:
         raise UserError(
             f"Can't read the weights {str(path)!r} ({error.strerror or error}); give a safetensors "
-            "file."
+            "file or one of PyTorch's."
         ) from error
     except (SafetensorError, TypeError, AttributeError, KeyError) as error:
         raise UserError(
-            f"{str(path)!r} isn't a safetensors file that can be read here; PyTorch's pickles are "
-            f"converted by: {CONVERSION}"
+            f"{str(path)!r} holds weights neither as safetensors nor as torch.save writes them; "
+            "give the file as it was published."
         ) from error

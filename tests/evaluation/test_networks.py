@@ -220,7 +220,7 @@ def refusal(path):
 def test_other_files_are_refused(tmp_path):
     assert "No such file" in refusal(tmp_path / "none.safetensors")
     (tmp_path / "pickled.pth").write_bytes(b"\x80\x02}q\x00.")
-    assert "torch.load" in refusal(tmp_path / "pickled.pth")
+    assert "nor as torch.save" in refusal(tmp_path / "pickled.pth")
     assert "no such tensor" in refusal(features.VENDORED)
     conv = {"Conv2d_1a_3x3.conv.weight": np.zeros((32, 3, 1, 1), np.float32)}
     save_file(conv, tmp_path / "small.safetensors")
