@@ -1,9 +1,13 @@
 """A distillation of seconds: 8×8 pictures, and a teacher of random weights."""
 
+import json
+from pathlib import Path
+
 from ml_collections import ConfigDict
 from tiny_cascade import stage_config, tiny_experiment, trained
 
 from cascade.bundle import save_bundle
+from cascade.config import to_json
 from cascade.configs import distillation
 from cascade.text.bert import minilm
 
@@ -15,7 +19,7 @@ def tiny_distillation(
 ) -> ConfigDict:
     """A config whose teacher is `folder/teacher`; `changes` replace keys of its stage."""
     config = tiny_experiment()
-    config.stage = stage_config(16 if lowres else 8, lowres, **TEXT, **changes)
+    config.stage = stage_config(16 if lowres else 8, lowres, **(TEXT | changes))
     if not guidance:
         config.stage.sampling.guidance = 1.0
     distillation.of(config, teacher=str(folder / "teacher"), steps=steps, guidance=guidance)
@@ -44,3 +48,15 @@ def teachers_section(config: ConfigDict) -> ConfigDict:
     section.sampling.sampler = {"name": "ancestral", "gamma": 0.3}
     section.weighting = {"name": "v"}
     return section
+
+
+def write_config(config: ConfigDict, path: Path) -> Path:
+    """A config file for the commands, of what `tiny_distillation` made."""
+    lines = [
+        "import json",
+        "from cascade.config import from_json",
+        "def get_config(arg=''):",
+        f"    return from_json(json.loads({json.dumps(to_json(config))!r}))",
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -1,4 +1,4 @@
-"""What makes a cascade: `cascade demo`, `train`, `describe` and `bundle`."""
+"""What makes a cascade: `cascade demo`, `reproduce`, `train`, `describe` and `bundle`."""
 
 import click
 
@@ -24,6 +24,27 @@ def demo(workdir, minutes):
     from cascade.demo import run
 
     run(workdir, minutes=minutes)
+
+
+@click.command()
+@click.argument("what", type=click.Choice(["emoji"]))
+@click.option("--workdir", default="runs/emoji", show_default=True, help="Where everything goes.")
+@click.option(
+    "--recipe",
+    default="",
+    help="small, for a CPU; full, for an accelerator; smoke, a check of minutes. [default: small "
+    "on a CPU, else full]",
+)
+def reproduce(what, workdir, recipe):
+    """Make the bundle that comes with this package anew: data, training, distillation, scores.
+
+    A second run resumes what was interrupted and reuses what is done.
+
+    Example: cascade reproduce emoji --workdir runs/emoji
+    """
+    from cascade.reproduce import run
+
+    run(workdir, recipe)
 
 
 @click.command(context_settings=CONFIG_COMMAND)
@@ -96,8 +117,13 @@ def describe(ctx, spec, mesh):
     is_flag=True,
     help="Leave the text encoder's weights out (T5-XXL: 9.5 GB); drawing then names them.",
 )
+@click.option(
+    "--text-weights",
+    default="",
+    help="Folder or hub id of the text encoder, if the first stage is a bundle made without it.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
-def bundle(stages, more, out, dtype, without_text_weights, overwrite):
+def bundle(stages, more, out, dtype, without_text_weights, text_weights, overwrite):
     """Put trained stages into one folder, to share and to draw with.
 
     Of each run, its EMA weights; of each bundle, such as a student, its stages as they are. One
@@ -110,6 +136,7 @@ def bundle(stages, more, out, dtype, without_text_weights, overwrite):
     bundle_runs(
         [*stages, *more],
         out,
+        encoder_weights=text_weights,
         dtype=dtype,
         text_weights=not without_text_weights,
         overwrite=overwrite,
@@ -117,4 +144,4 @@ def bundle(stages, more, out, dtype, without_text_weights, overwrite):
     click.echo(f"Wrote {out}. Draw with: cascade sample --bundle {out} --prompt '...'")
 
 
-COMMANDS = (demo, train, describe, bundle)
+COMMANDS = (demo, reproduce, train, describe, bundle)

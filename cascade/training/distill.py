@@ -29,9 +29,10 @@ from cascade.networks import cost
 from cascade.parallel import processes
 from cascade.parallel.mesh import on_all_processes, on_first_process, whole_on_host
 from cascade.stage import Stage
+from cascade.text.interface import TextEncoder
 from cascade.training.export import bundle_runs
 from cascade.training.halvings import Halving, check_distillation, halvings
-from cascade.training.loop import Place, Task, finish, run, write_config
+from cascade.training.loop import Place, Task, finish, run, unfinish, write_config
 from cascade.training.same_run import FIXED_DISTILLING, check_same, without_places
 from cascade.training.teacher import find_teacher
 from cascade.training.train import inputs
@@ -62,7 +63,8 @@ def distill_cascade(stages: dict, workdir, *, progress: bool = True) -> pathlib.
     All are looked at before the first learns.
 
     Args:
-      stages: name -> config, base first; a stage's folder is `workdir/NAME`.
+      stages: name -> config, base first, of one text encoder, as `cascade.config.load_cascade` has
+        them; a stage's folder is `workdir/NAME`.
       workdir: as for `distill`.
 
     Returns:
@@ -72,25 +74,33 @@ def distill_cascade(stages: dict, workdir, *, progress: bool = True) -> pathlib.
       UserError, Stopped: as `distill`.
     """
     workdir = pathlib.Path(workdir)
-    places = {name: begin(config, workdir / name) for name, config in stages.items()}
+    places, encoder = {}, None  # one for all, so that its weights are read once
+    for name, config in stages.items():
+        places[name] = begin(config, workdir / name, encoder)
+        encoder = places[name].encoder
+    unfinish(workdir)
     students = [
         learn(config, workdir / name, places[name], progress) for name, config in stages.items()
     ]
-    write = functools.partial(bundle_runs, students, workdir / "bundle", overwrite=True)
-    on_first_process(write, next(iter(places.values())).mesh)
+    made = workdir / "bundle"  # with the encoder's weights, which students don't carry
+    write = functools.partial(bundle_runs, students, made, encoder=encoder, overwrite=True)
+    on_first_process(write, places[name].mesh)
     finish(workdir, sum(_updates(config) for config in stages.values()))
-    return workdir / "bundle"
+    return made
 
 
-def begin(config, workdir) -> Place:
+def begin(config, workdir, encoder: TextEncoder | None = None) -> Place:
     """Checks that a distillation can go on, and keeps what it needs to, the teacher, in its folder.
+
+    Args:
+      encoder: what `config.text` makes, made already.
 
     Raises:
       UserError: as `distill`.
     """
     check_distillation(config)
     processes.agree("config", without_places(configs.to_json(config)))
-    place, folder = Place.of(config), pathlib.Path(workdir)
+    place, folder = Place.of(config, encoder), pathlib.Path(workdir)
     kept = folder / "teacher"
 
     def check_folder():
@@ -201,7 +211,7 @@ class Lesson:
             self.halving.steps,
             fraction,
         )
-        z_t, logsnr, _ = example
+        z_t, logsnr = example.z_t, example.logsnr_t
         output = student.network.apply({"params": params}, z_t, logsnr, cond)
         prediction = predictions(output, z_t, logsnr, student.config.output)
         each = distillation_loss(prediction, example, student.weighting)

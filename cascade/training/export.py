@@ -13,7 +13,7 @@ from cascade import config as configs
 from cascade.errors import UserError
 from cascade.files import check_place
 from cascade.stage import Stage
-from cascade.text.encoders import ENCODERS
+from cascade.text.encoders import ENCODERS, TextEncoder
 from cascade.training.checkpoint import Checkpoints
 from cascade.training.optim import make_optimizer
 from cascade.training.same_run import portable_text
@@ -86,12 +86,23 @@ def read_trained(folder) -> Trained:
     return Trained(stages, bundle.encoder_section(folder, text), text["fingerprint"])
 
 
-def bundle_runs(workdirs, folder, *, overwrite: bool = False, **how):
+def bundle_runs(
+    workdirs,
+    folder,
+    *,
+    encoder: TextEncoder | None = None,
+    encoder_weights: str = "",
+    overwrite: bool = False,
+    **how,
+):
     """Puts the EMA weights of several runs, base first, together into one bundle.
 
     Args:
       workdirs: the runs' folders, or bundles', whose stages are taken as they are.
       folder: the bundle's.
+      encoder: what read the runs' captions; None builds it as the first of them says.
+      encoder_weights: where its weights are then, a folder or a hub id, in place of what that one
+        says; students don't carry a T5's.
       overwrite: replace a bundle that is there.
       **how: dtype, text_weights, as in `cascade.bundle.save_bundle`.
 
@@ -107,12 +118,14 @@ def bundle_runs(workdirs, folder, *, overwrite: bool = False, **how):
                 f"{workdir} was trained with the text encoder {text}, {workdirs[0]} with "
                 f"{texts[0]}; a cascade encodes a prompt once, so all stages must share it."
             )
-    encoder = registry.build("text encoder", ENCODERS, texts[0])
+    if encoder is None:
+        named = {"weights": encoder_weights} if encoder_weights else {}
+        encoder = registry.build("text encoder", ENCODERS, {**texts[0], **named})
     for workdir, run in zip(workdirs, runs, strict=True):
         if run.text_fingerprint not in ("", encoder.fingerprint):
             raise UserError(
                 f"{workdir} was trained with other text encoder weights (fingerprint "
-                f"{run.text_fingerprint[:8]}) than {workdirs[0]} names now "
+                f"{run.text_fingerprint[:8]}) than {encoder_weights or workdirs[0]} names now "
                 f"({encoder.fingerprint[:8]}); put the weights of its training there."
             )
     trained = [stage for run in runs for stage in run.stages]

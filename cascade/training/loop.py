@@ -63,8 +63,11 @@ class Place(NamedTuple):
     encoder: TextEncoder
 
     @classmethod
-    def of(cls, config: ConfigDict) -> "Place":
+    def of(cls, config: ConfigDict, encoder: TextEncoder | None = None) -> "Place":
         """A config's.
+
+        Args:
+          encoder: what its `text` section makes, made already.
 
         Raises:
           UserError: the devices don't make its mesh, its batch can't be split over that, or its
@@ -73,7 +76,7 @@ class Place(NamedTuple):
         settings = config.train
         mesh = meshes.make_mesh(**config.mesh)
         meshes.check_batch(settings.batch_size, settings.microbatches, mesh)
-        encoder = registry.build("text encoder", ENCODERS, config.text)
+        encoder = encoder or registry.build("text encoder", ENCODERS, config.text)
         if encoder.width != config.stage.text_width:
             raise UserError(
                 f"config.stage.text_width is {config.stage.text_width} but the text encoder "
@@ -189,10 +192,22 @@ def write_config(config, workdir):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "config.json", json.dumps(configs.to_json(config), indent=2))
-            (folder / FINISHED).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"Can't write {folder / 'config.json'} ({error.strerror}); give another --workdir."
+            ) from error
+    unfinish(workdir)
+
+
+def unfinish(workdir):
+    """Takes back what `finish` said, where there is more to do now."""
+    if jax.process_index() == 0:
+        try:
+            (pathlib.Path(workdir) / FINISHED).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"Can't remove {FINISHED} from {workdir} ({error.strerror}); give another "
+                "--workdir."
             ) from error
 
 

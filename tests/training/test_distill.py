@@ -7,13 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from ml_collections import ConfigDict
 from tiny_cascade import stage_config, trained
-from tiny_distillation import TEXT, tiny_distillation, write_teacher
+from tiny_distillation import TEXT, teachers_section, tiny_distillation, write_teacher
+from tiny_t5 import write_folder
 
 import cascade
-from cascade import bundle
+from cascade import bundle, registry
+from cascade.cli import main
 from cascade.errors import UserError
 from cascade.networks.cost import count
+from cascade.text.encoders import ENCODERS
+from cascade.training import distill as lessons
 from cascade.training import metrics
 from cascade.training.distill import distill, distill_cascade
 from cascade.training.observe import Observer
@@ -116,12 +122,46 @@ def test_guidance_is_an_argument_of_one_program(pipe):
     assert flops.total() == pytest.approx(2 * stage.forward_flops)
 
 
-def test_a_cascade_is_distilled_into_one_bundle(tmp_path):
+def test_a_cascade_is_distilled_into_one_bundle(tmp_path, monkeypatch):
     base = tiny_distillation(tmp_path, steps=(2, 1), updates=2)
     doubling = tiny_distillation(tmp_path, lowres=8, steps=(2, 1), updates=2)
     write_teacher(doubling, trained(stage_config(8, 0, **TEXT)))
+    encoders, learn = [], lessons.learn
+
+    def noted(config, folder, place, progress):
+        encoders.append(place.encoder)
+        return learn(config, folder, place, progress)
+
+    monkeypatch.setattr(lessons, "learn", noted)
     made = distill_cascade({"base": base, "sr": doubling}, tmp_path / "few", progress=False)
+    assert encoders[0] is encoders[1]  # whose weights may be many
     drawn = cascade.load(made)("a moon", progress=False, return_stages=True)
     assert [stage.shape for stage in drawn] == [(1, 8, 8, 3), (1, 16, 16, 3)]
     alone = cascade.load(tmp_path / "few" / "sr" / "students" / "1")
     assert alone.upscale(drawn[0], stage=0, progress=False).shape == (1, 16, 16, 3)
+
+
+def test_students_of_a_t5_are_put_together(tmp_path, monkeypatch):
+    """They don't carry its weights; a command that begins again isn't finished until it is."""
+    text = {"name": "t5", "max_length": 4, "null": "zeros", "keep_padding": False}
+    text |= {"lower_case": False, "dtype": "float32", "weights": str(write_folder(tmp_path / "t5"))}
+    config = tiny_distillation(tmp_path, steps=(2, 1), updates=2, text_width=16)
+    config.text = ConfigDict(text)
+    encoder = registry.build("text encoder", ENCODERS, text)
+    teacher = [trained(teachers_section(config))]
+    bundle.save_bundle(config.distill.teacher, teacher, text, encoder, text_weights=False)
+    few, other = tmp_path / "few", tmp_path / "other"
+    made = distill_cascade({"base": config}, few, progress=False)
+    assert bundle.load_bundle(made).text_encoder.fingerprint == encoder.fingerprint
+
+    arguments = ["bundle", "--stages", str(few / "base" / "students" / "1"), "--out", str(other)]
+    assert "text_weights" in CliRunner().invoke(main, arguments).output
+    named = CliRunner().invoke(main, [*arguments, "--text-weights", text["weights"]])
+    assert named.exit_code == 0, named.output
+    assert bundle.load_bundle(other).text_encoder.fingerprint == encoder.fingerprint
+
+    assert (few / "finished.json").is_file()
+    monkeypatch.setattr(lessons, "learn", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        distill_cascade({"base": config}, few, progress=False)
+    assert not (few / "finished.json").exists()
