@@ -28,7 +28,8 @@ VOCABULARY = "spiece.model"
 PAD, END, UNKNOWN = 0, 1, 2  # the ids of T5's own vocabulary
 PARTS = ("text_encoder", "tokenizer")  # of a folder that diffusers wrote
 NULLS = ("zeros", "empty_prompt")
-LAZY = ("_tensors", "_pieces", "_placed", "_params", "_apply")  # loaded on demand
+PLACED = ("_placed", "_params", "_apply")
+LAZY = ("_tensors", "_pieces", *PLACED)  # loaded on demand
 
 
 class T5Encoder(TextEncoder):
@@ -133,10 +134,11 @@ class T5Encoder(TextEncoder):
         return tokens
 
     def place(self, mesh: Mesh):
-        """See `TextEncoder.place`; the weights are read when something is embedded."""
-        for key in LAZY:
-            vars(self).pop(key, None)
-        self._mesh = mesh
+        """See `TextEncoder.place`; what next embeds reads the weights, unless they lie there."""
+        if mesh != self._mesh:
+            for key in PLACED:
+                vars(self).pop(key, None)
+            self._mesh = mesh
 
     @cached_property
     def _placed(self) -> Mesh:

@@ -224,6 +224,9 @@ def test_on_a_mesh_prompts_have_the_same_states(folder, encoder, monkeypatch):
     ids, mask = (split_rows(np.tile(a, (8, 1)), mesh) for a in tokens[:2])
     assert placed.embed(ids, mask).sharding.is_equivalent_to(batch_sharding(mesh), 3)
     assert relative_error(placed.encode(["a cat"])[0][0], wanted[0]) < 2e-6
+    read = placed._params
+    placed.place(make_mesh(data=2, fsdp=2, tensor=2))
+    assert placed._params is read  # not read again for where they lie
     placed.place(make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]))
     np.testing.assert_array_equal(placed.encode(["a cat"])[0][0], wanted[0])
 
