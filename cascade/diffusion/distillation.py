@@ -40,11 +40,15 @@ SPREAD_OF_ERROR = 0.75
 
 
 class Example(NamedTuple):
-    """The student, given z_t [B, ...] at logsnr_t [B], is to answer x [B, ...]."""
+    """The student, given z_t [B, ...] at logsnr_t [B], is to answer x [B, ...].
+
+    `weight` [B] says how much its squared error there counts, besides the loss's weighting.
+    """
 
     z_t: Array
     logsnr_t: Array
     x: Array
+    weight: Array
 
 
 Objective = Callable[..., Example]
@@ -77,7 +81,7 @@ def progressive(*, backward: bool) -> Objective:
         z_m = ddim_step(z_t, first, logsnr_t, logsnr_m)
         second = _answer(teacher, z_m, logsnr_m)
         target = joined(first, second, logsnr_t, logsnr_m, logsnr_s)
-        return Example(z_t, logsnr_t, target)
+        return Example(z_t, logsnr_t, target, jnp.ones_like(logsnr_t))
 
     return objective
 
@@ -91,6 +95,13 @@ def consistency(*, backward: bool, teacher_steps_start: int, teacher_steps_end: 
     and the student's t → r, from there, lead; at s = r it is the teacher's, and at r = 0, s > 0 the
     student's x_hat at s. The teacher's step is `samplers.adjusted`. N = 1 are consistency models
     (Song et al. 2023), large N diffusion models.
+
+    The error that counts is z_r's, as in the paper's equation 6: from t a step moves z_r by
+    1 - e^½(logsnr_t - logsnr_r) of what x_hat errs, in units of alpha_r, and the square of that,
+    over the same from the segment's start r + 1/N, is the example's `weight`. At a border the
+    answer jumps, between the one that leads to the border and the one that leads away from it, and
+    a network can't; weighted so, it keeps to the second, which is drawn with, since the first
+    moves nothing there. The paper's algorithm has weight 1.
 
     Args:
       backward: z_t is the student's own, see `trajectory`, instead of noised x.
@@ -114,6 +125,7 @@ def consistency(*, backward: bool, teacher_steps_start: int, teacher_steps_end: 
         index = _uniform_index(time_key, len(x), steps * each)
         segment, total = index // each, steps * each
         logsnr_t, logsnr_r = schedule((index + 1) / total), _level(schedule, segment / steps)
+        whole = shrunk(schedule((segment + 1) / steps), logsnr_r)
         # A segment's own end, to the bit, lest a step of no length be one of rounding errors.
         at_end = index == segment * each
         logsnr_s = jnp.where(at_end, logsnr_r, schedule(index / total))
@@ -129,7 +141,8 @@ def consistency(*, backward: bool, teacher_steps_start: int, teacher_steps_end: 
         # Where s is the clean end the student's answer counts nothing; its level is a finite one.
         second = _answer(student, z_s, jnp.minimum(logsnr_s, schedule(0.0)))
         target = joined(first, second, logsnr_t, logsnr_s, logsnr_r)
-        return Example(z_t, logsnr_t, target)
+        weight = jnp.square(shrunk(logsnr_t, logsnr_r) / whole)
+        return Example(z_t, logsnr_t, target, weight)
 
     return objective
 
@@ -150,23 +163,24 @@ def matching() -> Objective:
         time_key, noise_key = jax.random.split(key)
         logsnr_t = schedule(stratified_times(time_key, len(x)))
         z_t = diffuse(x, jax.random.normal(noise_key, x.shape, x.dtype), logsnr_t)
-        return Example(z_t, logsnr_t, _answer(teacher, z_t, logsnr_t))
+        return Example(z_t, logsnr_t, _answer(teacher, z_t, logsnr_t), jnp.ones_like(logsnr_t))
 
     return objective
 
 
 def distillation_loss(prediction: Prediction, example: Example, weighting: Weighting) -> Array:
-    """weighting(logsnr) · mean (eps - eps_hat)² of each example, [B], with `example.x`'s eps.
+    """weight · weighting(logsnr) · mean (eps - eps_hat)² of each example, [B], of its x's eps.
 
-    The same number as SNR · weighting · mean (x - x_hat)², by way of v as in `denoising_loss`:
-    "snr_truncated" is max(SNR, 1) on x (Salimans & Ho 2022). A learned variance isn't trained.
+    The same number as weight · SNR · weighting · mean (x - x_hat)², by way of v as in
+    `denoising_loss`: "snr_truncated" is max(SNR, 1) on x (Salimans & Ho 2022). A learned variance
+    isn't trained.
 
     Args:
       prediction: the student's, at z_t = example.z_t.
     """
     v = predictions(example.x, example.z_t, example.logsnr_t, "x").v
     error = jnp.mean(jnp.square(v - prediction.v), axis=tuple(range(1, v.ndim)))
-    return weighting(example.logsnr_t) * jax.nn.sigmoid(example.logsnr_t) * error
+    return example.weight * weighting(example.logsnr_t) * jax.nn.sigmoid(example.logsnr_t) * error
 
 
 def joined(first: Array, second: Array, logsnr_t: Array, logsnr_m: Array, logsnr_s: Array) -> Array:

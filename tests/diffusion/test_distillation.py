@@ -101,7 +101,7 @@ def test_students_that_fit_draw_the_teachers_pictures_in_half_the_steps_and_half
     @jax.jit
     def run(z_1, x):
         halved = folded(teacher, 2)
-        z_t, logsnr_t, target = build("progressive")(
+        z_t, logsnr_t, target, _ = build("progressive")(
             jax.random.key(1), x, teacher, None, SCHEDULE, 2, 0.0
         )
         students = (teacher, 4), (halved, 2), (folded(halved, 1), 1)
@@ -120,7 +120,8 @@ def test_a_student_fitted_to_examples_of_a_gaussian_draws_as_its_teacher():
     """Of a Gaussian all is affine: N lines through examples are the student."""
     steps, teacher = 4, exact_denoiser(GAUSSIAN)
     x = draws(GAUSSIAN, 400)
-    z_t, logsnr_t, target = map(np.asarray, examples(build("progressive"), teacher, None, steps, x))
+    example = examples(build("progressive"), teacher, None, steps, x)
+    z_t, logsnr_t, target, _ = map(np.asarray, example)
     levels, lines = np.unique(logsnr_t), []
     for level in levels:
         at = logsnr_t == level
@@ -170,7 +171,7 @@ def test_a_student_told_the_weight_equals_the_guided_teacher_in_one_evaluation(n
             teacher = guide(two_classes(), *conds, weight)
             return stage(jax.random.key(1), x, teacher, None, SCHEDULE, 4, 0.0)
 
-        (z_t, logsnr_t, low), high = targets(1.0), targets(4.0).x
+        (z_t, logsnr_t, low, _), high = targets(1.0), targets(4.0).x
         weights = jnp.linspace(0.5, 8.0, 64)
         share = process.along_batch((weights - 1.0) / 3.0, x)
         student = (1.0 - share) * low + share * high

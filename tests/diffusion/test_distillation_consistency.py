@@ -71,7 +71,7 @@ def test_targets_are_the_papers_algorithm(segments, backward):
     @jax.jit
     def run(x):
         example = objective(jax.random.key(1), x, teacher, some_student, SCHEDULE, segments, 0.0)
-        z_t, logsnr_t, target = example
+        z_t, logsnr_t, target, weight = example
         index = grid_index(logsnr_t, total) - 1
         segment = index // (total // segments)
         t, s, r = logsnr_t, SCHEDULE(index / total), SCHEDULE(segment / segments)
@@ -85,11 +85,19 @@ def test_targets_are_the_papers_algorithm(segments, backward):
         inverse = (z_r - sigma_r / sigma_t * z_t) / (alpha_r - sigma_r / sigma_t * alpha_t)
         last, first = (process.along_batch(v, z_t) for v in (segment == 0, index == 0))
         clean = jnp.where(first, x_hat, some_student(z_s, s).x)
-        return target, jnp.where(last, clean, inverse), index
+        # Of what x_hat errs, how much z_r does, from t and from the segment's start.
+        (alpha_q, sigma_q) = schedules.alpha_sigma(SCHEDULE((segment + 1) / segments))
+        moved, most = (
+            alpha_r.ravel() - sigma_r.ravel() / sigma * alpha
+            for alpha, sigma in ((alpha_t.ravel(), sigma_t.ravel()), (alpha_q, sigma_q))
+        )
+        weights = weight, jnp.where(segment == 0, 1.0, (moved / most) ** 2)
+        return target, jnp.where(last, clean, inverse), index, weights
 
     with jax.enable_x64(True):
-        target, formula, index = run(draws(MIXTURE, 64, jnp.float64))
+        target, formula, index, weights = run(draws(MIXTURE, 64, jnp.float64))
         np.testing.assert_allclose(target, formula, atol=1e-9)
+        np.testing.assert_allclose(*weights, rtol=1e-9)
         assert set(np.asarray(index)) == set(range(total))
 
 
@@ -107,7 +115,7 @@ def test_a_perfect_student_is_the_target_of_many_teacher_steps(data, segments, m
     objective = build("consistency", teacher_steps_start=128, teacher_steps_end=256)
 
     def error(x, fraction):
-        z_t, logsnr_t, target = objective(
+        z_t, logsnr_t, target, _ = objective(
             jax.random.key(1), x, exact_denoiser(data), student, SCHEDULE, segments, fraction
         )
         end = segment_end(logsnr_t, segments)
@@ -140,7 +148,7 @@ def test_where_the_student_is_exact_its_own_pictures_are_as_the_noised_ones(name
             kept = {} if name == "progressive" else fixed_steps(4 * steps)
             objective = build(name, backward=True, **kept)
             student = perfect(MIXTURE, steps)
-            z_t, t, _ = objective(jax.random.key(1), x, teacher, student, SCHEDULE, steps, 0.0)
+            z_t, t, *_ = objective(jax.random.key(1), x, teacher, student, SCHEDULE, steps, 0.0)
             noise = jax.random.normal(jax.random.split(jax.random.key(1))[1], x.shape, x.dtype)
             exact = exact_solution(MIXTURE, noise, SCHEDULE(1.0), process.along_batch(t, x))
             at_start = jnp.abs(t - SCHEDULE(grid_index(t, steps) / steps)) < 1e-6
