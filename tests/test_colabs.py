@@ -1,0 +1,113 @@
+"""Every notebook in colabs/, from top to bottom, with tiny networks, as a person would run it."""
+
+import json
+import pathlib
+import re
+import sys
+
+import nbformat
+import pytest
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient import NotebookClient
+from processes import QUICK
+from tiny_cascade import stage_config, trained
+
+from cascade.pipeline import Cascade
+from cascade.text.encoders import minilm
+
+COLABS = pathlib.Path(__file__).parents[1] / "colabs"
+NOTEBOOKS = sorted(COLABS.glob("*.ipynb"))
+# What a kernel must not take from whoever runs the tests: their devices, and their hub token.
+ENVIRONMENT = {
+    "XLA_FLAGS": QUICK,
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "HF_TOKEN": "",
+    "HUGGING_FACE_HUB_TOKEN": "",
+    "HF_HOME": "no-such-folder",
+}
+
+
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+    """Runs a notebook in a kernel of this interpreter, with some parameters changed."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    kernel = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "tests",
+        "language": "python",
+    }
+    specs = tmp_path / "kernels"
+    (specs / "tests").mkdir(parents=True)
+    (specs / "tests" / "kernel.json").write_text(json.dumps(kernel))
+    found = KernelSpecManager(kernel_dirs=[str(specs)], ensure_native_kernel=False)
+
+    def run(name, **parameters):
+        notebook = read(COLABS / name)
+        index = [cell.id for cell in notebook.cells].index("parameters")
+        assigned = re.findall(r"^(\w+)(?:, (\w+))? =", notebook.cells[index].source, re.MULTILINE)
+        assert set(parameters) <= {name for names in assigned for name in names}
+        changed = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+        notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(changed, id="changed"))
+        manager = AsyncKernelManager(kernel_name="tests", kernel_spec_manager=found)
+        place = {"metadata": {"path": str(tmp_path)}}
+        NotebookClient(notebook, km=manager, timeout=None, resources=place).execute()
+        return {cell.id: cell.get("outputs", []) for cell in notebook.cells}
+
+    return run
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def pictures(outputs):
+    """How many pictures a cell showed."""
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def said(outputs):
+    return "".join(output.get("text", "") for output in outputs)
+
+
+@pytest.fixture(scope="module")
+def tiny_bundle(tmp_path_factory):
+    """Two stages with random weights, 8 → 16, that read the shipped text encoder."""
+    section = {"name": "minilm", "max_length": 8, "weights": ""}
+    text = {"text_width": 384, "text_length": 8}
+    stages = [trained(stage_config(8, 0, **text)), trained(stage_config(16, 8, **text))]
+    pipe = Cascade(stages, section, minilm(max_length=8, weights=""))
+    return pipe.save(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+def test_inference(execute, tiny_bundle, tmp_path):
+    shown = execute("inference.ipynb", BUNDLE=str(tiny_bundle))
+    assert "8×8: 3 steps" in said(shown["load"]) and "16×16" in said(shown["load"])
+    for cell in ("draw", "grid", "stages", "negative", "guidance", "steps", "between", "upscale"):
+        assert pictures(shown[cell]) == 1, cell
+    assert (tmp_path / "pictures" / "mine.png").is_file()
+
+
+def test_import_deepfloyd_does_nothing_without_a_token(execute, tmp_path):
+    shown = execute("import_deepfloyd.ipynb")
+    (sentence,) = [said(outputs).strip() for outputs in shown.values() if outputs]
+    assert sentence.count(".") == 1 and "token" in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["kernels"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_they_are_in_good_order(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    ids = [cell.id for cell in notebook.cells]
+    assert ids[:2] == ["title", "install-about"] and "parameters" in ids
+    assert path.stat().st_size < 500_000
+    # The same everywhere but for the extras: one address, and one line that installs.
+    install = notebook.cells[ids.index("install")].source
+    addresses = {
+        re.search(r'REPOSITORY = "(.*?)"', read(other).cells[ids.index("install")].source)[1]
+        for other in NOTEBOOKS
+    }
+    assert install.count("pip install") == 1 and len(addresses) == 1
