@@ -1,7 +1,8 @@
 """Where captioned pictures come from: one registry of random-access sources.
 
 A source has `__len__`, and `source[i]` is a record {"image": encoded file as bytes or uint8
-[H, W, 3], "captions": texts with the plainest first, "key": str}. `source.captions(i)` reads
+[H, W, 3], "captions": texts with the plainest first, "key": str}, and of a TFDS data set with such
+a text "scene", what is where (see `cascade.data.emoji.scenes`). `source.captions(i)` reads
 captions alone, without decoding a picture, and `source.key(i)` reads nothing. `source.folder` is
 where it lies (None: nowhere), `source.fingerprint` changes when its content or its place does and
 `source.contents` when its content does (see `cascade.data.fingerprint`). Sources are picklable:

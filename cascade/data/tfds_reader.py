@@ -70,11 +70,13 @@ class Tfds:
 
     def __getitem__(self, i: int) -> dict:
         record = self._records[i]
-        key = record.get("key", b"")
+        key, scene = record.get("key", b""), record.get("scene")
+        told = {"scene": _text(scene, None)} if isinstance(scene, bytes) else {}
         return {
             "image": record[self._image_key],
             "captions": self._texts(record),
             "key": key.decode() if isinstance(key, bytes) and key else str(i),
+            **told,
         }
 
     def key(self, i: int) -> str:

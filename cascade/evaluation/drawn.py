@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,33 +24,38 @@ class Setting(NamedTuple):
     """One way to draw.
 
     Attributes:
-      guidance, steps: one value, or one a stage; None is the bundle's.
+      guidance, steps, aug_level: one value, or one a stage; None is the bundle's.
       sampler: its name; None is the bundle's.
     """
 
     guidance: float | tuple[float, ...] | None = None
     steps: int | tuple[int, ...] | None = None
     sampler: str | None = None
+    aug_level: float | tuple[float, ...] | None = None
 
-    def stages(self, pipe: Cascade) -> list[dict[str, Any]]:
-        """Each stage's sampling settings, the bundle's own included, as plain types.
+    def stages(self, pipe: Cascade, stage: int | None = None) -> list[dict[str, Any]]:
+        """Each stage's sampling settings, or one's, the bundle's own included, as plain types.
 
         Raises:
           UserError: a value that a stage can't take, or a wrong number of them.
         """
-        return [stage.to_dict() for stage in pipe.settings(**self._asdict())]
+        return [each.to_dict() for each in pipe.settings(**self._asdict(), stage=stage)]
 
-    def told(self, pipe: Cascade) -> dict[str, str]:
+    def told(self, pipe: Cascade, stage: int | None = None) -> dict[str, str]:
         """Guidance, steps and sampler as a person reads them: one for all stages or one for each.
 
-        {"guidance": "3/1", "steps": "64/30", "sampler": "ddim"}.
+        {"guidance": "3/1", "steps": "64/30", "sampler": "ddim"}; of one `stage` its number too, and
+        "aug_level", as where that was asked for.
         """
-        stages = self.stages(pipe)
-        columns = {
-            "guidance": [f"{stage['guidance']:g}" for stage in stages],
-            "steps": [str(stage["steps"]) for stage in stages],
-            "sampler": [stage["sampler"]["name"] for stage in stages],
+        stages = self.stages(pipe, stage)
+        columns = {} if stage is None else {"stage": [str(stage)]}
+        columns |= {
+            "guidance": [f"{each['guidance']:g}" for each in stages],
+            "steps": [str(each["steps"]) for each in stages],
+            "sampler": [each["sampler"]["name"] for each in stages],
         }
+        if stage is not None or self.aug_level is not None:
+            columns["aug_level"] = [f"{each['aug_level']:g}" for each in stages]
         return {
             name: "/".join(values if len(set(values)) > 1 else values[:1])
             for name, values in columns.items()
@@ -58,11 +63,27 @@ class Setting(NamedTuple):
 
 
 def settings(
-    guidance: Sequence | None, steps: Sequence | None, samplers: Sequence[str] | None
+    guidance: Sequence | None,
+    steps: Sequence | None,
+    samplers: Sequence[str] | None,
+    aug_level: Sequence | None = None,
 ) -> list[Setting]:
     """Every combination; None leaves the bundle's own."""
-    choices = [[None] if values is None else values for values in (guidance, steps, samplers)]
+    given = (guidance, steps, samplers, aug_level)
+    choices = [[None] if values is None else values for values in given]
     return [Setting(*chosen) for chosen in itertools.product(*choices)]
+
+
+class Enlarged(NamedTuple):
+    """What one super-resolution stage alone is given.
+
+    Attributes:
+      stage: its number.
+      picture: number -> uint8 [R, R, 3], R the stage's resolution, which is shrunk as in training.
+    """
+
+    stage: int
+    picture: Callable[[int], np.ndarray]
 
 
 def measure(
@@ -75,6 +96,7 @@ def measure(
     resolution: int,
     extractors: Sequence[Extractor],
     what: str,
+    enlarged: Enlarged | None = None,
 ):
     """Draws one picture a prompt, and adds to a record what the pictures of it lack.
 
@@ -86,6 +108,7 @@ def measure(
     Args:
       resolution: side to which pictures that are drawn larger are shrunk, by area.
       what: names the progress bar.
+      enlarged: None draws by the whole cascade.
 
     Raises:
       UserError: as `Cascade.draw_batches`, or the record can't be written.
@@ -95,14 +118,15 @@ def measure(
     bar = tqdm(total=len(prompts), initial=done, desc=what, unit="picture", disable=quiet)
     with bar:
         while done < len(prompts):
-            batches = pipe.draw_batches(
-                prompts[done : done + AT_ONCE],
-                seed=seed,
-                first_index=done,
-                batch_size=batch_size,
-                progress=False,
-                **setting._asdict(),
-            )
+            told = prompts[done : done + AT_ONCE]
+            how = {"seed": seed, "first_index": done, "batch_size": batch_size, "progress": False}
+            if enlarged is None:
+                batches = pipe.draw_batches(told, **how, **setting._asdict())
+            else:
+                images = np.stack([enlarged.picture(done + i) for i in range(len(told))])
+                batches = pipe.upscale_batches(
+                    images, told, enlarged.stage, **how, **setting._asdict()
+                )
             began = time.perf_counter()
             with contextlib.closing(batches):
                 for batch in batches:

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from cascade.arguments import whole
 from cascade.data.preprocess import BrokenPicture
 from cascade.errors import UserError
 from cascade.evaluation import drawn, page, pictures, scores
+from cascade.evaluation.composition import add_composition, scenes_of, thumbnails
 from cascade.evaluation.features import efficientnet_lite0, fid_inception
 from cascade.evaluation.pictures import SPLITS, Data, Made, Reader, is_config, open_data
 from cascade.evaluation.record import Record
@@ -84,6 +85,7 @@ class Job:
             for split in sorted(splits, key=lambda split: split != against.split)
         }
         self.data, *self.others = opened.values()
+        self.scenes = on_all_processes(lambda: scenes_of(self.data), self.mesh)
 
     def begin(self, side: int, **asked: Any):
         """Measures the real pictures.
@@ -102,6 +104,9 @@ class Job:
         if against.inception:
             resize = against.inception_resize
             self.extractors.append(fid_inception(against.inception, self.mesh, resize))
+        self.networks = tuple(self.extractors)
+        if self.scenes:
+            self.extractors.append(thumbnails(self.mesh))
         told = {"source": self.data.about, "seed": against.seed, "real": against.real}
         agree("request", {**told, "num": self.num, "resolution": self.resolution, **asked})
         self.real = self._measured(self.data, "real", against.real)
@@ -152,11 +157,16 @@ class Job:
         """All measured pictures that have captions, with these; of the first process."""
         features, captions = [], []
         for data, record, most in self._known:
-            rows, order = record.read(most), self.order(data)
-            told = [first_caption(data, int(order[place])) for place in rows["place"]]
+            rows = record.read(most)
+            told = self.told(data, rows["place"])
             features.append(rows[self.extractors[0].name][[bool(text) for text in told]])
             captions += filter(None, told)
         return scores.Known(np.concatenate(features), captions)
+
+    def told(self, data: Data, places: Iterable[int]) -> list[str]:
+        """The plainest captions of records by their places in the order; "" without one."""
+        order = self.order(data)
+        return [first_caption(data, int(order[place])) for place in places]
 
     def report(self, sets: Sequence[scores.Scored]) -> str:
         """Scores sets and writes metrics.json, metrics.md, sheet.png and report.html.
@@ -171,9 +181,12 @@ class Job:
 
         def write():
             real = self.real.read(self.against.real)
-            references = [scores.Reference(real[e.name], e.name) for e in self.extractors]
+            references = [scores.Reference(real[e.name], e.name) for e in self.networks]
             encoder = minilm(max_length=READ, weights="")
             rows, notes = scores.score(sets, references, self.known(), encoder)
+            if self.scenes:
+                captions = self.told(self.data, real["place"])
+                add_composition(rows, sets, self.scenes, real["thumbnail"], captions)
             about = {
                 "source": self.against.source,
                 "split": self.against.split,
@@ -198,9 +211,11 @@ def score_bundle(
     bundle: str | os.PathLike,
     *,
     num: int = 1000,
+    stage: int | None = None,
     guidance: Sequence | None = None,
     steps: Sequence | None = None,
     samplers: Sequence[str] | None = None,
+    aug_level: Sequence | None = None,
     batch_size: int | None = None,
     text_weights: str = "",
 ) -> str:
@@ -208,7 +223,9 @@ def score_bundle(
 
     Args:
       num: pictures of each combination; captions come again where there are fewer.
-      guidance, steps, samplers: see `cascade.evaluation.drawn.settings`.
+      stage: of a super-resolution stage alone: it enlarges the source's pictures, shrunk to what it
+        was trained to take. None draws from text by all stages.
+      guidance, steps, samplers, aug_level: see `cascade.evaluation.drawn.settings`.
       batch_size, text_weights: as in `cascade sample`.
 
     Returns:
@@ -220,19 +237,28 @@ def score_bundle(
     """
     job = Job(against, num)
     pipe = load(bundle, text_weights=text_weights, mesh=job.mesh)
-    ways = drawn.settings(guidance, steps, samplers)
-    told = [way.told(pipe) for way in ways]
+    side = pipe.stages[-1 if stage is None else pipe.enlarging(stage)].config.resolution
+    ways = drawn.settings(guidance, steps, samplers, aug_level)
+    told = [way.told(pipe, stage) for way in ways]
     digest = hashlib.sha256(Path(bundle, "cascade.json").read_bytes()).hexdigest()
-    job.begin(pipe.stages[-1].config.resolution, bundle=digest, ways=told)
-    places, prompts = zip(*itertools.islice(job.captions(), num), strict=True)
+    job.begin(side, bundle=digest, ways=told)
+    shared = {"bundle": digest, "source": job.data.about, "seed": against.seed}
+    enlarged = None
+    if stage is None:
+        places, prompts = zip(*itertools.islice(job.captions(), num), strict=True)
+    else:
+        shared["enlarged"] = against.real
+        places = np.resize(job.real.shared("place")[: against.real], num).tolist()
+        prompts = job.told(job.data, places)
+        reader = Reader(job.data, job.order(job.data), side, strict=True)
+        enlarged = drawn.Enlarged(stage, lambda i: reader(places[i]))
     sets = []
     for way, about in zip(ways, told, strict=True):
         name = "_".join(f"{key}-{value.replace('/', '-')}" for key, value in about.items())
-        shared = {"bundle": digest, "source": job.data.about, "seed": against.seed}
-        record = job.record(name, **shared, stages=way.stages(pipe))
+        record = job.record(name, **shared, stages=way.stages(pipe, stage))
         drawing = (pipe, prompts, way, against.seed, batch_size, job.resolution, job.extractors)
         what = ", ".join(f"{key} {value}" for key, value in about.items())
-        drawn.measure(record, *drawing, what)
+        drawn.measure(record, *drawing, what, enlarged)
         sets.append(scores.Scored(about, record, num, prompts, places))
     return job.report(sets)
 

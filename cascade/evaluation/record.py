@@ -155,6 +155,13 @@ class Record:
         parts = [self._load(path) for path in self._parts]
         return {name: np.concatenate([part[name] for part in parts])[:most] for name in parts[0]}
 
+    def shared(self, name: str) -> np.ndarray:
+        """All rows of an array of whole numbers, [count], on all processes."""
+        if not self.mesh.is_multi_process:
+            return self.read()[name]
+        mine = self.read()[name] if jax.process_index() == 0 else np.zeros(self.count)
+        return np.asarray(multihost_utils.broadcast_one_to_all(mine.astype(np.int32)))
+
     def keep(self, pictures: Mapping[int, np.ndarray]):
         """Keeps those of uint8 pictures, by their numbers, that are among the first to be shown."""
 

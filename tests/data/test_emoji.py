@@ -205,6 +205,7 @@ def test_round_trip(built):
         np.testing.assert_array_equal(pixels, drawings.render("twemoji", hexcode, 32))
     assert list(captions_of(train)) == [c for r in records for c in r["captions"]]
     scenes = [r for r in records if r["key"].startswith("scene-")]
+    assert scenes == [r for r in records if r["scene"]]
     assert all(Image.open(io.BytesIO(r["image"])).size == (32, 32) for r in scenes)
 
 
