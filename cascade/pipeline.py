@@ -321,15 +321,9 @@ class Cascade:
         Raises:
           UserError: as `upscale`; for arguments at once, for a diverged stage while iterating.
         """
-        first = int(self.stages[0].is_base)
-        if not first <= whole("stage", stage, 0) < len(self.stages):
-            raise UserError(
-                f"Stage {stage} can't enlarge: this cascade has {len(self.stages) - first} "
-                f"super-resolution stages, numbered from {first}; choose one of those."
-            )
+        (settings,) = self.settings(**changes, stage=self.enlarging(stage))
         prompts = checked_prompts(prompt)
         check_negative_prompt([self.stages[stage]], negative_prompt)
-        (settings,) = self.settings(**changes, stage=stage)
         config, divisor = self.stages[stage].config, self.stages[stage].network.divisor
         lowres, size = as_lowres(images, config.lowres_resolution, config.resolution, divisor)
         count = len(lowres)
@@ -339,6 +333,20 @@ class Cascade:
         wanted = request(self.text_encoder, self.mesh, prompts, count, *how)
         only = [stage], {stage: settings}, {stage: size}
         return batches.draw(self._trained, self.mesh, wanted, *only, lowres, progress)
+
+    def enlarging(self, stage: int) -> int:
+        """`stage`, which enlarges pictures.
+
+        Raises:
+          UserError: there is none of that number, or it draws from text alone.
+        """
+        first = int(self.stages[0].is_base)
+        if not first <= whole("stage", stage, 0) < len(self.stages):
+            raise UserError(
+                f"Stage {stage} can't enlarge: this cascade has {len(self.stages) - first} "
+                f"super-resolution stages, numbered from {first}; choose one of those."
+            )
+        return stage
 
     def settings(
         self, steps=None, guidance=None, *, stage: int | None = None, **changes

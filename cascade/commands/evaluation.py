@@ -32,6 +32,12 @@ from cascade.errors import UserError
 @click.option("--guidance", type=Ways(float), help="Guidance weights to try. [default: bundle's]")
 @click.option("--steps", type=Ways(int), help="Sampling steps to try. [default: the bundle's]")
 @click.option("--sampler", type=Ways(str), help="Samplers to try. [default: the bundle's]")
+@click.option("--aug-level", type=Ways(float), help="Noise on what is enlarged, likewise.")
+@click.option(
+    "--stage",
+    type=int,
+    help="Score this super-resolution stage alone: it enlarges the real pictures, shrunk.",
+)
 @click.option("--resolution", type=int, help="Side to compare at. [default: the pictures']")
 @click.option(
     "--among-all",
@@ -39,7 +45,10 @@ from cascade.errors import UserError
     help="Find the named drawing among those of both of a config's splits.",
 )
 @click.option(
-    "--inception", default="", help="FID's weights, safetensors, to measure on those too."
+    "--inception",
+    default="",
+    help="FID's weights, to measure on those too: pytorch-fid's file, one of safetensors, or "
+    "'download'.",
 )
 @click.option(
     "--inception-resize",
@@ -68,7 +77,7 @@ def evaluate(ctx, bundle, pictures, mesh, coordinator, processes, process, **opt
     Example: cascade evaluate --bundle my-bundle --source configs/emoji/base64.py --out eval
     --guidance 1,2,4 --steps 8,50 --num 1000
     """
-    drawing = ("guidance", "steps", "sampler", "batch_size", "text_weights")
+    drawing = ("guidance", "steps", "sampler", "aug_level", "stage", "batch_size", "text_weights")
     given = {name: options.pop(name) for name in drawing}
     given = {name: value for name, value in given.items() if value is not None}
     num = options.pop("num")

@@ -189,6 +189,30 @@ def test_larger_drawings_are_shrunk(folder, tmp_path):
     assert kept["resolution"] == 4 and metrics(tmp_path)[0]["pictures"] == 10
 
 
+def test_a_stage_alone_enlarges_real_pictures(folder, tmp_path):
+    """Shrunk to what it takes, by the path of `cascade upscale`; over and over where they end."""
+    text = {"name": "minilm", "max_length": 8, "weights": ""}
+    settings = {"text_width": 384, "text_length": 8}
+    stages = [trained(stage_config(16, 8, **settings))]
+    Cascade(stages, text, minilm(max_length=8, weights="")).save(tmp_path / "bundle")
+    real = against(folder, tmp_path / "out", real=10)
+    ways = {"steps": [1], "guidance": [1.0], "aug_level": [0.1], "batch_size": 4}
+    score_bundle(real, tmp_path / "bundle", num=13, stage=0, **ways)
+    row = metrics(tmp_path / "out")[0]
+    assert row["stage"] == "0" and row["aug_level"] == "0.1" and row["pictures"] == 13
+    names = [int(i) for i in np.random.default_rng(0).permutation(24)[:10]]
+    pictures = np.stack([read_image(folder / "real" / f"{i:02d}.png") for i in names + names[:3]])
+    pipe = loaded(tmp_path / "bundle", text_weights="", mesh=all_devices())
+    how = {"steps": 1, "guidance": 1.0, "aug_level": 0.1, "batch_size": 4, "progress": False}
+    prompts = [f"thing {chr(97 + i)}" for i in names + names[:3]]
+    wanted = pipe.upscale(pictures, prompts, 0, 0, **how)
+    kept = tmp_path / "out/stage-0_guidance-1_steps-1_sampler-ancestral_aug_level-0.1/pictures"
+    for i in (0, 5, 12):
+        np.testing.assert_array_equal(read_image(kept / f"{i:04d}.png"), wanted[i])
+    assert not (wanted[0] == wanted[10]).all()  # the same picture, other noise
+    assert row["top-1"] is not None and row["asked"] == 13
+
+
 def test_pictures_made_elsewhere(folder, tmp_path):
     """The real pictures themselves score as well as can be; sheets among drawings are left out."""
     for i in range(24):
@@ -264,6 +288,8 @@ def said(*arguments):
         (["--bundle", "bundle", "--pictures", "real"], "not both"),
         ([], "either --bundle, or --pictures"),
         (["--pictures", "real", "--steps", "3"], "--steps says how a --bundle draws"),
+        (["--pictures", "real", "--stage", "1"], "--stage says how a --bundle draws"),
+        (["--bundle", "bundle", "--stage", "1"], "Stage 1 can't enlarge"),
         (["--pictures", "none"], "There is no folder"),
         (["--bundle", "real"], "cascade.json"),
         (["--bundle", "bundle", "--num", "3"], "at least 10"),
