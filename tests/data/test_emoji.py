@@ -2,9 +2,11 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from inspect import signature
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,6 +137,25 @@ def test_a_small_set_is_of_known_drawings_in_scenes_of_its_own():
     assert len(scenes["scenes"]) == 200 and len(scenes["heldout"]) == 10
     assert not scenes["scenes"] & scenes["heldout"]
     assert {d for scene in set.union(*scenes.values()) for d in scene.drawings} <= known
+
+
+def test_new_words_are_in_no_caption():
+    """What `bench/claims/language_model.py` asks for, of things that every variant but demo has."""
+    file = Path(__file__).parents[2] / "bench" / "claims" / "new_words.tsv"
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()[1:]]
+    assert len(rows) >= 60
+    phrases = builder.phrases_of("full")
+    told = {
+        caption
+        for hexcode, idea in drawings.ideas().items()
+        for style in drawings.STYLES
+        for caption in single_captions(idea, style, phrases[hexcode])
+    }
+    words = {word for caption in told for word in re.findall("[a-z]+", caption.lower())}
+    known = {phrases[item.shows.hexcode] for item in plan(DEFAULTS["small"])["singles"]}
+    for prompt, caption in rows:
+        asked = set(re.findall("[a-z]+", prompt.lower())) - set(re.findall("[a-z]+", caption))
+        assert caption in known and asked - {"a", "an"} and not (asked - {"a", "an"}) & words
 
 
 @given(seed=st.integers(0, 10_000), resolution=st.integers(16, 128))
