@@ -68,8 +68,8 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     """Emoji drawings with captions, in variants `demo`, `small` and `full`.
 
     demo: 64 easily recognised ideas drawn by twemoji, all in train; 16 openmoji drawings held out.
-    small: animals, plants, food and the demo's ideas drawn by twemoji, in `singles`; scenes composed
-      of them, in `scenes`. Other scenes of the same drawings are held out.
+    small: animals, plants, food and the demo's ideas drawn by twemoji, in `singles`; scenes of
+      them, in `scenes`. Other scenes of the same drawings are held out.
     full: every captioned idea drawn by twemoji and by openmoji, and composed scenes. A tenth of the
       ideas is held out in one style; no held-out drawing occurs in a train picture, and every
       held-out scene has at least one.
@@ -81,7 +81,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012 - the attribute that TFDS reads
         tfds.core.BuilderConfig(name="demo", description="64 ideas, one style, for a quick start"),
-        tfds.core.BuilderConfig(name="small", description="Hundreds of ideas, one style, and scenes"),
+        tfds.core.BuilderConfig(name="small", description="318 ideas, one style, and scenes"),
         tfds.core.BuilderConfig(name="full", description="All ideas, two styles, and scenes"),
     ]
 
