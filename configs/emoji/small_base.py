@@ -57,12 +57,12 @@ def get_config(arg: str = "") -> ConfigDict:
     stage.sampling.steps, stage.sampling.guidance = 30, 2.0
 
     train = config.train
-    train.steps, train.batch_size = 7_500, 16
+    train.steps, train.batch_size = 12_000, 16
     train.learning_rate = {
         "name": "cosine",
         "peak": 1.2e-3,
         "warmup_steps": 200,
-        "decay_steps": 7_500,
+        "decay_steps": 12_000,
         "end": 2e-5,
     }
     train.ema_decay = 0.999
