@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from cascade.evaluation import drawn, scores
 from cascade.evaluation.evaluate import Against, Job
 from cascade.files import write_whole
-from cascade.pipeline import Cascade, load
+from cascade.pipeline import load
 from cascade.training.export import bundle_runs
 
 RESULTS = Path(__file__).parent / "results"
@@ -74,13 +74,15 @@ def main(
     against = against._replace(out=out / "cascade")
     whole_rows = scored(Job(against, whole), ways, whole)
     slow, fast = (row["s/picture"] for row in whole_rows[:2])
-    found = {"base": base_rows, "cascade": whole_rows, "times faster": slow / fast}
+    faster = slow / fast if slow and fast else None  # one batch alone has compiled in its time
+    found = {"base": base_rows, "cascade": whole_rows, "times faster": faster}
     write_whole(RESULTS / f"{name}.json", json.dumps(found, indent=1))
     plot(base_rows).savefig(RESULTS / f"{name}.png", dpi=120)
     for part in ("base", "cascade"):
         shutil.copyfile(out / part / "metrics.md", RESULTS / f"{name}-{part}.md")
         shutil.copyfile(out / part / "sheet.png", RESULTS / f"{name}-{part}.png")
-    click.echo(f"In {fast_steps} steps a picture takes {slow / fast:.1f} times less time.")
+    if faster:
+        click.echo(f"In {fast_steps} steps a picture takes {faster:.1f} times less time.")
 
 
 def base_drawings(base: Path, guidance: float) -> Iterator[Drawing]:
@@ -97,12 +99,10 @@ def base_drawings(base: Path, guidance: float) -> Iterator[Drawing]:
 def scored(job: Job, drawings, num: int) -> list[dict]:
     """Draws in every way and scores all together; the rows of `metrics.json`."""
     drawings = list(drawings)
-    pipes: dict[Path, Cascade] = {}
-    sets = []
+    loaded, sets = None, []
     for artist, bundle, setting in drawings:
-        if bundle not in pipes:
-            pipes = {bundle: load(bundle)}  # one at a time
-        pipe = pipes[bundle]
+        if bundle != loaded:
+            loaded, pipe = bundle, load(bundle)
         if not sets:
             job.begin(pipe.stages[-1].config.resolution)
             places, prompts = zip(*itertools.islice(job.captions(), num), strict=True)
@@ -112,6 +112,7 @@ def scored(job: Job, drawings, num: int) -> list[dict]:
             "_".join(value.replace("/", "-") for value in about.values()),
             bundle=digest,
             source=job.data.about,
+            seed=job.against.seed,
             stages=setting.stages(pipe),
         )
         of_job = (job.against.seed, None, job.resolution, job.extractors)

@@ -34,6 +34,21 @@ def checked_prompts(prompt: str | Between | Sequence[str | Between]) -> list[str
     return [checked_text(text) if isinstance(text, str) else text for text in prompts]
 
 
+def enlarging(stages: Sequence[Stage], stage: int) -> int:
+    """`stage`, which enlarges pictures.
+
+    Raises:
+      UserError: there is none of that number, or it draws from text alone.
+    """
+    first = int(stages[0].is_base)
+    if not first <= whole("stage", stage, 0) < len(stages):
+        raise UserError(
+            f"Stage {stage} can't enlarge: this cascade has {len(stages) - first} "
+            f"super-resolution stages, numbered from {first}; choose one of those."
+        )
+    return stage
+
+
 def whole(name: str, value, least: int, most: int | None = None) -> int:
     """`value`, if it's a whole number from `least` to `most`.
 

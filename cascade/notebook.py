@@ -69,7 +69,10 @@ def live_curves(workdir, every: float = 5.0) -> Iterator[None]:
 
     def show():
         nonlocal shown, handle
-        runs = logged(workdir)
+        try:
+            runs = logged(workdir)
+        except (OSError, ValueError):  # a file that is being replaced, or a drive that is away
+            return
         if not runs or runs == shown:
             return
         shown, picture = runs, Image(curves(runs))

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from cascade import batches, bundle
-from cascade.arguments import checked_prompts, stage_settings, stage_sizes, whole
+from cascade.arguments import checked_prompts, enlarging, stage_settings, stage_sizes, whole
 from cascade.errors import UserError
 from cascade.images import as_lowres
 from cascade.parallel.layout import Layout
@@ -321,7 +321,7 @@ class Cascade:
         Raises:
           UserError: as `upscale`; for arguments at once, for a diverged stage while iterating.
         """
-        (settings,) = self.settings(**changes, stage=self.enlarging(stage))
+        (settings,) = self.settings(**changes, stage=enlarging(self.stages, stage))
         prompts = checked_prompts(prompt)
         check_negative_prompt([self.stages[stage]], negative_prompt)
         config, divisor = self.stages[stage].config, self.stages[stage].network.divisor
@@ -333,20 +333,6 @@ class Cascade:
         wanted = request(self.text_encoder, self.mesh, prompts, count, *how)
         only = [stage], {stage: settings}, {stage: size}
         return batches.draw(self._trained, self.mesh, wanted, *only, lowres, progress)
-
-    def enlarging(self, stage: int) -> int:
-        """`stage`, which enlarges pictures.
-
-        Raises:
-          UserError: there is none of that number, or it draws from text alone.
-        """
-        first = int(self.stages[0].is_base)
-        if not first <= whole("stage", stage, 0) < len(self.stages):
-            raise UserError(
-                f"Stage {stage} can't enlarge: this cascade has {len(self.stages) - first} "
-                f"super-resolution stages, numbered from {first}; choose one of those."
-            )
-        return stage
 
     def settings(
         self, steps=None, guidance=None, *, stage: int | None = None, **changes

@@ -1,4 +1,4 @@
-"""`cascade reproduce emoji`: the bundle that comes with this package, made anew by one command.
+"""`cascade reproduce emoji`: a distilled cascade of emoji, from nothing, by one command.
 
 Data, two trainings, two distillations, a bundle, its evaluation. Every part is skipped where an
 earlier run finished it and resumed where one was interrupted.

@@ -1,4 +1,4 @@
-"""Where notebooks keep their runs, and the curves they show; tests/test_colabs.py runs them."""
+"""Where notebooks keep their runs, and the curves they show."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The shipped bundle's recipes: whole, refused where they don't fit, and run to their end."""
+"""The emoji cascade's recipes: whole, refused where they don't fit, and run to their end."""
 
 import pytest
 from click.testing import CliRunner

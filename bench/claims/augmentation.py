@@ -40,7 +40,7 @@ def main(base, config, steps, num, out, overrides):
     }
     real = pictures(loaded, loaded.stage.resolution, num)
     judge = Judge(real)
-    inputs = {"real": real.shrunk(loaded.stage.lowres_resolution).images}
+    inputs = {"real": real.images}  # which `upscale` shrinks as training did
     inputs["drawn"] = cascade_of([base])(real.captions, seed=0)
     rows = []
     for (name, run), (kind, lowres) in itertools.product(runs.items(), inputs.items()):

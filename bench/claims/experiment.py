@@ -37,13 +37,6 @@ class Pictures(NamedTuple):
     images: np.ndarray
     captions: list[str]
 
-    def shrunk(self, side: int) -> "Pictures":
-        """At another size, by area."""
-        shrink = self.images.shape[1] // side
-        n, s, _, c = self.images.shape
-        cells = self.images.reshape(n, s // shrink, shrink, s // shrink, shrink, c)
-        return self._replace(images=np.round(cells.mean((2, 4))).astype(np.uint8))
-
 
 def pictures(config, side: int, count: int) -> Pictures:
     """So many of a config's training pictures, any, with their plainest captions."""

@@ -32,12 +32,11 @@ def main(base, config, steps, num, out, overrides):
     loaded = configs.load(config, overrides)
     real = pictures(loaded, loaded.stage.resolution, num)
     judge = Judge(real)
-    lowres = real.shrunk(loaded.stage.lowres_resolution).images
     rows = []
     for output in ("eps", "v", "x"):
         change = {"stage__output": output, "stage__weighting": {"name": output}}
         run = trained(config, out / output, overrides, train__steps=steps, **change)
-        images = cascade_of([base, run]).upscale(lowres, real.captions)
+        images = cascade_of([base, run]).upscale(real.images, real.captions)  # shrunk by it
         shift = np.mean(images, (1, 2)) - np.mean(real.images, (1, 2))  # [N, 3]
         row = {"predicts": output, "pictures": len(images), "cast": np.abs(shift.mean(0)).max()}
         rows.append(row | {"shift": np.abs(shift).mean()} | judge(images, real.captions))

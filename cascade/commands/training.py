@@ -36,7 +36,7 @@ def demo(workdir, minutes):
     "on a CPU, else full]",
 )
 def reproduce(what, workdir, recipe):
-    """Make the bundle that comes with this package anew: data, training, distillation, scores.
+    """Make a distilled cascade of emoji from nothing: data, training, distillation, scores.
 
     A second run resumes what was interrupted and reuses what is done.
 

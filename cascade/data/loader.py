@@ -269,20 +269,17 @@ def make_loader(
     _check_cache(section, source, random_crop)
     held = {"records": len(source), **source.contents}
     pair = PairCrop(resolution, lowres_resolution, crop_resolution).check()
-    limits = (
-        colour(section["ground"]),
-        *(section["filter"][k] for k in ("min_side", "max_aspect")),
-    )
-    preprocess = Preprocess(resolution, *limits)
+    limits = {"ground": colour(section["ground"]), **section["filter"]}
+    preprocess = Preprocess(resolution, **limits)
     if section["buckets"]:
-        preprocess = Bucketed(section["buckets"], *limits).check(pair)
+        preprocess = Bucketed(section["buckets"], **limits).check(pair)
     if section["cache_decoded"] and source.folder is not None:
         source, preprocess = decoded(source, preprocess), None
     mixed = train and isinstance(source, Mixture)
     order = source.order(seed) if mixed else Order(len(source), seed if train else None)
     share = Share(process_index, process_count, batch_size)
-    drawn = (train, random_crop, section["mirror"], seed)
-    prepare = Prepare(source, order, preprocess, pair, *drawn, share)
+    chances = {"random_crop": random_crop, "mirror": section["mirror"], "seed": seed}
+    prepare = Prepare(source, order, preprocess, pair, train, share=share, **chances)
     places = ENDLESS if train else -(-len(source) // (batch_size * process_count)) * batch_size
     judge = Judge(len(source), section["max_broken_rate"])
     fill = None if train else Fill(prepare.blank(), judge)

@@ -48,6 +48,11 @@ class Mixture:
     def __reduce__(self):
         return (Mixture, (self._sources, self._weights))
 
+    @property
+    def sources(self) -> tuple:
+        """What it is made of, in the order of the records."""
+        return tuple(self._sources.values())
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 

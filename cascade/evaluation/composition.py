@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from cascade.data.emoji.drawings import ideas, render, svg_paths
 from cascade.data.emoji.scenes import GROUNDS, SCENE_GROUPS
+from cascade.data.mixture import Mixture
 from cascade.data.preprocess import BrokenPicture, Filtered, area_resize
 from cascade.data.sources import read_record
 from cascade.errors import UserError
 from cascade.evaluation.features import Extractor, resize
-from cascade.evaluation.pictures import Data
 from cascade.evaluation.scores import Scored
 
 SIDE = 64  # of pictures that are compared; larger ones are shrunk
@@ -59,15 +59,18 @@ def read_scene(text: str) -> Scene | None:
     return scene if within and boxes and scene.ground in GROUNDS else None
 
 
-def scenes_of(data: Data) -> dict[str, Scene]:
+def scenes_of(source: Any) -> dict[str, Scene]:
     """Plainest caption -> its scene, of a source whose records tell theirs.
 
-    {} of one that tells none; its first record that can be read decides.
+    {} of one that tells none; its first record that can be read decides. Each part of a mixture
+    decides for itself.
     """
+    if isinstance(source, Mixture):
+        return {caption: s for part in source.sources for caption, s in scenes_of(part).items()}
     found = {}
-    for i in range(len(data.source)):
+    for i in range(len(source)):
         with suppress(BrokenPicture, Filtered):
-            record = read_record(data.source, i)
+            record = read_record(source, i)
             if "scene" not in record:
                 break
             scene = read_scene(record["scene"])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from cascade.arguments import whole
+from cascade.arguments import enlarging, whole
 from cascade.data.preprocess import BrokenPicture
 from cascade.errors import UserError
 from cascade.evaluation import drawn, page, pictures, scores
@@ -85,7 +85,7 @@ class Job:
             for split in sorted(splits, key=lambda split: split != against.split)
         }
         self.data, *self.others = opened.values()
-        self.scenes = on_all_processes(lambda: scenes_of(self.data), self.mesh)
+        self.scenes = on_all_processes(lambda: scenes_of(self.data.source), self.mesh)
 
     def begin(self, side: int, **asked: Any):
         """Measures the real pictures.
@@ -237,7 +237,7 @@ def score_bundle(
     """
     job = Job(against, num)
     pipe = load(bundle, text_weights=text_weights, mesh=job.mesh)
-    side = pipe.stages[-1 if stage is None else pipe.enlarging(stage)].config.resolution
+    side = pipe.stages[-1 if stage is None else enlarging(pipe.stages, stage)].config.resolution
     ways = drawn.settings(guidance, steps, samplers, aug_level)
     told = [way.told(pipe, stage) for way in ways]
     digest = hashlib.sha256(Path(bundle, "cascade.json").read_bytes()).hexdigest()

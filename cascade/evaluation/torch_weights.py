@@ -20,6 +20,7 @@ import numpy as np
 from cascade.errors import UserError
 
 ZIP, OLD = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # how files begin
+ENCRYPTED = 1  # of a zip entry's flags
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the older format
 DTYPES = {
     "torch DoubleStorage": "<f8",
@@ -92,6 +93,8 @@ def _zipped(content: bytes) -> tuple[Any, dict[str, bytes]]:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
             raise Refused("its zip is compressed, which PyTorch's aren't")
+        if any(entry.flag_bits & ENCRYPTED for entry in entries.values()):
+            raise Refused("its zip is encrypted, which PyTorch's aren't")
         root = next((name[:-8] for name in entries if name.endswith("data.pkl")), None)
         if root is None:
             raise Refused("its zip has no data.pkl")

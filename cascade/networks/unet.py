@@ -56,9 +56,8 @@ class UNet(nn.Module):
       channels: width that `channel_mults` multiply.
       channel_mults: width of each level in units of `channels`.
       num_blocks: residual blocks of each level, on the way down and again on the way up.
-      patch: side of the squares of pixels that are folded into channels before the network (as in
-        ViT, Dosovitskiy et al. 2021) and out of them after it; 1 folds none. What it saves is the
-        finest sizes' work, most of a small network's.
+      patch: side of the squares of pixels that are folded into channels before the network (ViT,
+        Dosovitskiy et al. 2021) and out of them after it; 1 folds none.
       strides: how many times smaller each level is than the one before; the first, than the input.
       resampling: "block" (BigGAN's up and down blocks), or strided convolution down and "nearest"
         (repeat and convolve) or "shuffle" (convolve to more channels, turned into pixels) up.

@@ -1,6 +1,7 @@
 """A prompt that lies between two others, for pictures that turn one thing into another."""
 
 import dataclasses
+import numbers
 
 import numpy as np
 
@@ -33,8 +34,8 @@ class Between:
         for text in (self.first, self.second):
             if not checked_text(text).strip():
                 raise UserError("Nothing lies between a text and no text; give two with words.")
-        if not 0 <= self.fraction <= 1:
-            raise UserError(f"The fraction is {self.fraction}; give a number from 0 to 1.")
+        if not (isinstance(self.fraction, numbers.Real) and 0 <= self.fraction <= 1):
+            raise UserError(f"The fraction is {self.fraction!r}; give a number from 0 to 1.")
 
     def blend(self, first: Condition, second: Condition) -> Condition:
         """The condition between the two texts' own: states [L, D], zero outside the mask [L]."""

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cascade.data.emoji import drawings as emoji
 from cascade.data.emoji.scenes import GROUNDS, draw_scene, scene_captions, scene_json, scene_png
+from cascade.data.mixture import Mixture
 from cascade.data.preprocess import resized
 from cascade.errors import UserError
 from cascade.evaluation import composition as c
@@ -22,7 +23,6 @@ from cascade.parallel.mesh import all_devices
 
 STYLE = "twemoji"
 KNOWN = list(emoji.demo_phrases())[:40]
-RNG = np.random.default_rng(0)
 
 
 def drawings_of(ideas):
@@ -37,8 +37,8 @@ def drawings():
 @pytest.fixture(scope="module")
 def drawn():
     """30 scenes and their pictures, 128×128."""
-    pairs = [(idea, STYLE) for idea in KNOWN]
-    scenes = [draw_scene(RNG, pairs, 128) for _ in range(30)]
+    rng, pairs = np.random.default_rng(0), [(idea, STYLE) for idea in KNOWN]
+    scenes = [draw_scene(rng, pairs, 128) for _ in range(30)]
     images = [Image.open(io.BytesIO(scene_png(scene))).convert("RGB") for scene in scenes]
     return scenes, np.stack([np.asarray(image) for image in images])
 
@@ -91,7 +91,8 @@ def test_a_little_beside_its_place_is_there(drawings, small):
 
 
 def test_distances_are_those_of_drawings_laid_on_the_ground(drawings):
-    ground, crops = RNG.uniform(0, 255, 3), RNG.uniform(0, 255, (3, 16, 16, 3))
+    rng = np.random.default_rng(1)
+    ground, crops = rng.uniform(0, 255, 3), rng.uniform(0, 255, (3, 16, 16, 3))
     wanted = []
     for idea in drawings.ideas:
         rgba = emoji.render(STYLE, idea, c.RENDERED).astype(np.float64)
@@ -115,7 +116,7 @@ def test_ideas_of_several_styles_are_found_by_any():
 
 
 def test_thumbnails_are_pictures():
-    pictures = RNG.integers(0, 256, (8, 96, 96, 3)).astype(np.uint8)
+    pictures = np.random.default_rng(2).integers(0, 256, (8, 96, 96, 3)).astype(np.uint8)
     shrink = c.thumbnails(all_devices())
     assert (np.asarray(shrink(pictures[:, :64, :64])) == pictures[:, :64, :64]).all()
     smaller = np.asarray(shrink(pictures))
@@ -170,6 +171,31 @@ class Records:
 
     def captions(self, i):
         return self.told[i][0]
+
+
+class Plain(Records):
+    """The same pictures, whose records have no scenes."""
+
+    def __getitem__(self, i):
+        return {"image": self.images[i], "captions": ["a thing"], "key": str(i)}
+
+
+class Mixed(Mixture):
+    """A mixture of sources that aren't on disk."""
+
+    def __init__(self, *sources):
+        self._sources = dict(zip("abc", sources, strict=False))
+        self._ends = np.cumsum([len(source) for source in sources])
+
+
+def test_a_mixtures_scenes_are_those_of_its_parts(drawn):
+    """Whichever comes first; of what tells none, one record alone is read."""
+    scenes, plain = Records(drawn[0]), Plain(drawn[0])
+    wanted = c.scenes_of(scenes)
+    assert len(wanted) == len({told[0][0] for told in scenes.told if told[1]}) > 20
+    assert c.scenes_of(plain) == {}
+    for mixed in (Mixed(plain, scenes), Mixed(scenes, plain), Mixed(plain, Mixed(plain, scenes))):
+        assert c.scenes_of(mixed) == wanted
 
 
 def corners(mesh):

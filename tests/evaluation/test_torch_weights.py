@@ -55,6 +55,20 @@ def zipped(program, compression=zipfile.ZIP_STORED, **storages):
     return stream.getvalue()
 
 
+def old(program, magic=0x1950A86A20F9469CFC6C, version=1001, little=b"\x88", **storages):
+    """The format before PyTorch 1.6: pickles, one after another, and the storages."""
+    start = [b"\x8a\x0a" + magic.to_bytes(10, "little"), whole(version)]
+    start.append(b"}" + text("little_endian") + little + b"s")
+    kept = {"0": NUMBERS.tobytes()} | storages
+    counts = {key: len(data) // (4 if key == "0" else 8) for key, data in kept.items()}
+    keys = b"\x80\x02](" + b"".join(map(text, kept)) + b"e."
+    numbers = b"".join(struct.pack("<q", counts[key]) + data for key, data in kept.items())
+    return b"".join(b"\x80\x02" + each + b"." for each in start) + program + keys + numbers
+
+
+FORMATS = [zipped, old]
+
+
 @pytest.fixture
 def read(tmp_path):
     def go(content):
@@ -64,9 +78,10 @@ def read(tmp_path):
     return go
 
 
-def test_tensors_are_views_of_their_storages(read):
+@pytest.mark.parametrize("made", FORMATS)
+def test_tensors_are_views_of_their_storages(made, read):
     found = read(
-        zipped(
+        made(
             state_dict(
                 whole=tensor(),
                 turned=tensor(shape=(6, 4), strides=(1, 6)),
@@ -113,11 +128,13 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize("made", FORMATS)
 @pytest.mark.parametrize("program, wanted", HOSTILE.values(), ids=HOSTILE)
-def test_what_no_state_dict_needs_is_refused(program, wanted, read, tmp_path, monkeypatch):
+def test_what_no_state_dict_needs_is_refused(program, wanted, made, read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=wanted):
-        read(zipped(program))
+    # The older format's numbers have no lengths but those that tensors say.
+    with pytest.raises(UserError, match=wanted if made is zipped else f"{wanted}|damaged"):
+        read(made(program))
     assert not Path("ran").exists()
 
 
@@ -134,14 +151,48 @@ def test_other_zips_are_refused(read):
             read(good[:length])
 
 
+def encrypted(content):
+    """Every entry of its directory says so."""
+    flags = content.index(b"PK\1\2") + 8
+    while flags > 7:
+        content = content[:flags] + b"\1" + content[flags + 1 :]
+        flags = content.find(b"PK\1\2", flags) + 8
+    return content
+
+
+def test_an_encrypted_zip_is_refused(read):
+    with pytest.raises(UserError, match="encrypted"):
+        read(encrypted(zipped(state_dict(a=tensor()))))
+
+
+def test_other_pickles_are_refused(read):
+    good = state_dict(a=tensor())
+    for changes, wanted in (
+        ({"magic": 0x1950A86A20F9469CFC6D}, "not torch.save's"),
+        ({"version": 1002}, "not torch.save's"),
+        ({"little": b"\x89"}, "big-endian"),
+        ({"0": NUMBERS.tobytes()[:-4]}, "as long as"),
+    ):
+        with pytest.raises(UserError, match=wanted):
+            read(old(good, **changes))
+    whole_file = old(good)
+    for length in range(4, len(whole_file), 17):
+        with pytest.raises(UserError, match="can't be read as PyTorch weights"):
+            read(whole_file[:length])
+
+
+@pytest.mark.parametrize("made", FORMATS)
+@pytest.mark.parametrize("pickle_alone", [True, False])
 @given(data=st.data())
-def test_whatever_is_in_the_pickle_a_sentence_is_said(data, tmp_path_factory):
+def test_whatever_is_in_the_file_a_sentence_is_said(made, pickle_alone, data, tmp_path_factory):
+    """A few of its bytes are others: of the pickle, or of all that there is."""
     path = tmp_path_factory.getbasetemp() / "spoiled.pth"
-    program = bytearray(state_dict(a=tensor(), b=tensor(offset=7, shape=(2,), strides=(3,))))
+    program = state_dict(a=tensor(), b=tensor(offset=7, shape=(2,), strides=(3,)))
+    spoiled = bytearray(program if pickle_alone else made(program))
     for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(program) - 1))
-        program[at] = data.draw(st.integers(0, 255))
-    path.write_bytes(zipped(bytes(program)))
+        at = data.draw(st.integers(0 if pickle_alone else 4, len(spoiled) - 1))
+        spoiled[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(made(bytes(spoiled)) if pickle_alone else bytes(spoiled))
     try:
         assert all(isinstance(v, np.ndarray) for v in read_state_dict(path).values())
     except UserError as error:

@@ -55,6 +55,8 @@ def test_a_text_and_itself():
         (("moon", "sun", -0.1), "fraction"),
         (("moon", "sun", 1.1), "fraction"),
         (("moon", "sun", float("nan")), "fraction"),
+        (("moon", "sun", "half"), "fraction is 'half'"),
+        (("moon", "sun", None), "fraction is None"),
     ],
 )
 def test_what_nothing_lies_between(arguments, message):
