@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import http.client
+import os
 import urllib.request
 import uuid
 from pathlib import Path
@@ -22,8 +23,8 @@ PATIENCE = 30.0  # seconds without an answer
 def fetch(url: str = URL, folder: Path | None = None) -> Path:
     """A published file, from the cache or from the network.
 
-    It is whole, or it isn't there: it is written under another name, and renamed once its sha256
-    begins as the file's name ends, "-6726825d.pth".
+    It is whole: it is written under another name, and renamed once it is on the disk and its sha256
+    begins as the file's name ends, "-6726825d.pth"; one in the cache that isn't is fetched again.
 
     Args:
       folder: the cache; None is ~/.cache/cascade.
@@ -35,10 +36,11 @@ def fetch(url: str = URL, folder: Path | None = None) -> Path:
       UserError: no network, an answer that isn't the file, or no place to write it to.
     """
     name = url.rsplit("/", 1)[-1]
-    folder = Path.home() / ".cache" / "cascade" if folder is None else folder
+    folder = _cache() if folder is None else folder
     path, wanted = folder / name, Path(name).stem.rsplit("-", 1)[-1]
-    if path.is_file():
-        return path
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest().startswith(wanted):
+            return path
     temporary = folder / f".{name}.{uuid.uuid4().hex}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +62,16 @@ def fetch(url: str = URL, folder: Path | None = None) -> Path:
     return path
 
 
+def _cache() -> Path:
+    try:
+        return Path.home() / ".cache" / "cascade"
+    except RuntimeError as error:
+        raise UserError(
+            "There is no home folder to keep the weights in; set HOME, or fetch them by other "
+            "means and give them as --inception FILE."
+        ) from error
+
+
 def _copy(url: str, path: Path, what: str) -> str:
     """Writes what an address sends, and gives its sha256."""
     digest = hashlib.sha256()
@@ -70,4 +82,6 @@ def _copy(url: str, path: Path, what: str) -> str:
                 file.write(block)
                 digest.update(block)
                 bar.update(len(block))
+        file.flush()
+        os.fsync(file.fileno())
     return digest.hexdigest()

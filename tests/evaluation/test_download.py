@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,21 @@ def test_it_is_fetched_once(server, tmp_path):
         path = fetch(address(server, "whole"), tmp_path / "cache")
         assert path.read_bytes() == CONTENT and path.name == NAME
     assert len(server.asked) == 1 and list((tmp_path / "cache").iterdir()) == [path]
+
+
+def test_what_a_power_cut_left_is_fetched_again(server, tmp_path):
+    (tmp_path / NAME).write_bytes(CONTENT[:-5])
+    path = fetch(address(server, "whole"), tmp_path)
+    assert path.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [path]
+
+
+def test_without_a_home_a_sentence_says_so(monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    with pytest.raises(UserError, match="no home folder"):
+        fetch()
 
 
 @pytest.mark.parametrize(
