@@ -88,8 +88,7 @@ def thumbnails(mesh: Mesh) -> Extractor:
         x = resize(pictures.astype(jnp.float32) / 255.0, SIDE, "antialiased")
         return jnp.rint(255.0 * x).astype(jnp.uint8)
 
-    width = 3 * SIDE**2
-    return Extractor("thumbnail", lambda unit, x: x, shrink, {}, width, f"{SIDE}", mesh)
+    return Extractor("thumbnail", lambda unit, x: x, shrink, {}, f"{SIDE}", mesh)
 
 
 class Drawings:

@@ -1,9 +1,10 @@
 """What a bundle draws, measured as it is drawn: features and seconds, and no picture kept long."""
 
 import contextlib
+import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from cascade.batches import Batch
 from cascade.data.preprocess import resized
 from cascade.evaluation.features import Extractor
 from cascade.evaluation.record import SHOWN, Record
-from cascade.parallel.mesh import whole_on_host
+from cascade.parallel.mesh import on_all_processes, whole_on_host
 from cascade.pipeline import Cascade
 
 AT_ONCE = 256  # prompts whose embeddings are held; a multiple of it goes through in whole batches
@@ -85,6 +86,10 @@ class Enlarged(NamedTuple):
     stage: int
     picture: Callable[[int], np.ndarray]
 
+    def pictures(self, numbers: Iterable[int]) -> np.ndarray:
+        """Several, [N, R, R, 3]."""
+        return np.stack([self.picture(number) for number in numbers])
+
 
 def measure(
     record: Record,
@@ -123,7 +128,9 @@ def measure(
             if enlarged is None:
                 batches = pipe.draw_batches(told, **how, **setting._asdict())
             else:
-                images = np.stack([enlarged.picture(done + i) for i in range(len(told))])
+                numbers = range(done, done + len(told))
+                read = functools.partial(enlarged.pictures, numbers)
+                images = on_all_processes(read, record.mesh)
                 batches = pipe.upscale_batches(
                     images, told, enlarged.stage, **how, **setting._asdict()
                 )

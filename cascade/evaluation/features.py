@@ -21,7 +21,14 @@ from cascade.errors import UserError
 from cascade.evaluation.download import fetch
 from cascade.evaluation.torch_weights import is_torch_file, read_state_dict
 from cascade.networks import convolutions, efficientnet_lite, inception
-from cascade.parallel.mesh import batch_sharding, put, replicated, split_rows
+from cascade.parallel.mesh import (
+    batch_sharding,
+    on_all_processes,
+    on_first_process,
+    put,
+    replicated,
+    split_rows,
+)
 
 VENDORED = Path(__file__).parent / "efficientnet_lite0" / "model.safetensors"
 # ImageNet's, of RGB in [0, 1].
@@ -31,11 +38,10 @@ RESIZES = ("antialiased", "bilinear")
 
 
 class Extractor:
-    """A network on a mesh: uint8 pictures in, features out.
+    """A network on a mesh: uint8 pictures in, features out; or what else is kept of each picture.
 
     Attributes:
       name: what metrics on these features are called by: "EffLite0".
-      width: D, how many features.
       fingerprint: digest of weights and preprocessing.
     """
 
@@ -45,7 +51,6 @@ class Extractor:
         network: Callable,
         prepare: Callable[[jax.Array], jax.Array],
         params: convolutions.Params,
-        width: int,
         fingerprint: str,
         mesh: Mesh,
     ):
@@ -55,7 +60,7 @@ class Extractor:
           network: see `cascade.networks.convolutions`.
           prepare: uint8 [B, H, W, 3] -> what the network takes.
         """
-        self.name, self.width, self.fingerprint, self._mesh = name, width, fingerprint, mesh
+        self.name, self.fingerprint, self._mesh = name, fingerprint, mesh
         place = replicated(mesh)
         self._params = jax.tree.map(lambda leaf: put(leaf, place), params)
 
@@ -65,7 +70,9 @@ class Extractor:
         self._features = jax.jit(features, out_shardings=batch_sharding(mesh))
 
     def __call__(self, pictures: np.ndarray | jax.Array) -> jax.Array:
-        """Features [B, D] float32, split over the mesh, of uint8 [B, H, W, 3].
+        """What the network makes of uint8 [B, H, W, 3], split over the mesh: [B, ...].
+
+        Features are [B, D] float32, thumbnails (`cascade.evaluation.composition`) uint8 pictures.
 
         Each picture's follow from it alone, to within rounding. B divides over the mesh's `data`
         and `fsdp`. Pictures that are on the mesh's devices already stay where they are; a NumPy
@@ -113,10 +120,13 @@ def efficientnet_lite0(mesh: Mesh) -> Extractor:
         return (x - MEAN) / DEVIATION
 
     network, side, eps = efficientnet_lite.lite0, efficientnet_lite.SIDE, efficientnet_lite.EPS
-    tensors, digest = _read(VENDORED)
-    params = convolutions.fold("EfficientNet-Lite0", network, side, eps, tensors)
-    width = efficientnet_lite.WIDTH
-    return Extractor("EffLite0", network, prepare, params, width, digest, mesh)
+
+    def folded():
+        tensors, digest = _read(VENDORED)
+        return convolutions.fold("EfficientNet-Lite0", network, side, eps, tensors), digest
+
+    params, digest = on_all_processes(folded, mesh)
+    return Extractor("EffLite0", network, prepare, params, digest, mesh)
 
 
 def fid_inception(file: str | Path, mesh: Mesh, kind: str = "antialiased") -> Extractor:
@@ -143,12 +153,17 @@ def fid_inception(file: str | Path, mesh: Mesh, kind: str = "antialiased") -> Ex
         x = resize(pictures.astype(jnp.float32) / 255.0, inception.SIDE, kind)
         return 2.0 * x - 1.0
 
-    path = fetch() if file == "download" else Path(file).expanduser()
-    tensors, digest = _read(path)
     network, side = inception.fid_inception, inception.SIDE
-    params = convolutions.fold("the FID Inception", network, side, inception.EPS, tensors)
+
+    def folded():
+        tensors, digest = _read(fetch() if file == "download" else Path(file).expanduser())
+        return convolutions.fold("the FID Inception", network, side, inception.EPS, tensors), digest
+
+    if file == "download":  # by one process, where they share a home; the others find it there
+        on_first_process(fetch, mesh)
+    params, digest = on_all_processes(folded, mesh)
     name = "Inception" if kind == "antialiased" else f"Inception-{kind}"
-    return Extractor(name, network, prepare, params, inception.WIDTH, f"{digest} {kind}", mesh)
+    return Extractor(name, network, prepare, params, f"{digest} {kind}", mesh)
 
 
 @functools.lru_cache(maxsize=1)

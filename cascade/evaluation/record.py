@@ -5,7 +5,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save
 from cascade.errors import UserError
 from cascade.files import check_writable, write_whole
 from cascade.images import read_image, save_png
-from cascade.parallel.mesh import on_first_process
+from cascade.parallel.mesh import on_all_processes, on_first_process
 from cascade.parallel.processes import first_difference
 from cascade.shards import replace_durably
 
@@ -56,13 +56,16 @@ class Record:
         self.folder, self.mesh, self.count = Path(folder), mesh, 0
         self._parts, self._pending, self._last = [], [], time.monotonic()
         on_first_process(functools.partial(self._open, settings), mesh)
-        self.count = self._told(self.count)
+        self.count = int(self._told(lambda: np.array(self.count)))
 
-    def _told(self, number: int) -> int:
-        """The first process's number, on all."""
-        if not self.mesh.is_multi_process:
-            return number
-        return int(multihost_utils.broadcast_one_to_all(np.array(number)))
+    def _told(self, read: Callable[[], np.ndarray], *shape: int) -> np.ndarray:
+        """Whole numbers that the first process reads, [*shape], on all."""
+        together = self.mesh.is_multi_process
+        mine = not together or jax.process_index() == 0
+        numbers = on_all_processes(read if mine else lambda: np.zeros(shape), self.mesh)
+        if not together:
+            return numbers
+        return np.asarray(multihost_utils.broadcast_one_to_all(numbers.astype(np.int32)))
 
     def _open(self, settings: Mapping[str, Any]):
         check_writable(self.folder, "evaluation in")
@@ -111,8 +114,11 @@ class Record:
 
     def following(self, name: str) -> int:
         """One more than the last row's value of an array of whole numbers; 0 before any."""
-        last = int(self._load(self._parts[-1])[name][-1]) + 1 if self._parts else 0
-        return self._told(last)
+
+        def read():
+            return self._load(self._parts[-1])[name][-1] + 1 if self._parts else np.array(0)
+
+        return int(self._told(read))
 
     def add(self, **arrays: np.ndarray):
         """Takes the next rows, [n, ...] each under its name; writes them once there are enough.
@@ -157,10 +163,7 @@ class Record:
 
     def shared(self, name: str) -> np.ndarray:
         """All rows of an array of whole numbers, [count], on all processes."""
-        if not self.mesh.is_multi_process:
-            return self.read()[name]
-        mine = self.read()[name] if jax.process_index() == 0 else np.zeros(self.count)
-        return np.asarray(multihost_utils.broadcast_one_to_all(mine.astype(np.int32)))
+        return self._told(lambda: self.read()[name], self.count)
 
     def keep(self, pictures: Mapping[int, np.ndarray]):
         """Keeps those of uint8 pictures, by their numbers, that are among the first to be shown."""

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from cascade.networks.convolutions import joined
 
 SIDE = 299
-WIDTH = 2048
 EPS = 1e-3  # of its batch normalisation
 
 

@@ -201,7 +201,7 @@ def test_a_mixtures_scenes_are_those_of_its_parts(drawn):
 def corners(mesh):
     """In the place of EfficientNet: sixteen places' colours."""
     network = lambda unit, x: x[:, ::32, ::32].reshape(len(x), -1) / 255.0  # noqa: E731
-    return Extractor("corners", network, lambda pictures: pictures * 1.0, {}, 48, "1", mesh)
+    return Extractor("corners", network, lambda pictures: pictures * 1.0, {}, "1", mesh)
 
 
 def test_an_evaluation_tells_it(drawn, drawings, tmp_path, monkeypatch):
