@@ -87,11 +87,12 @@ class Job:
         self.data, *self.others = opened.values()
         self.scenes = on_all_processes(lambda: scenes_of(self.data.source), self.mesh)
 
-    def begin(self, side: int, **asked: Any):
+    def begin(self, side: int, least: int = 1, **asked: Any):
         """Measures the real pictures.
 
         Args:
           side: of the pictures that are scored.
+          least: real pictures have at least this side, and at least what they are compared at.
           asked: what else all processes must agree on.
 
         Raises:
@@ -100,6 +101,7 @@ class Job:
         """
         against = self.against
         self.resolution = whole("--resolution", against.resolution or side, 1, side)
+        self.least = max(least, self.resolution)
         self.extractors = [efficientnet_lite0(self.mesh)]
         if against.inception:
             resize = against.inception_resize
@@ -142,13 +144,14 @@ class Job:
 
     def _measured(self, data: Data, name: str, most: int | None) -> Record:
         order, seed = self.order(data), self.against.seed
-        record = self.record(name, source=data.about, seed=seed)
-        reader = Reader(data, order, self.resolution, strict=False)
+        larger = {"least": self.least} if self.least > self.resolution else {}
+        record = self.record(name, source=data.about, seed=seed, **larger)
+        reader = Reader(data, order, self.resolution, strict=False, least=self.least)
         found = pictures.measure(record, reader, most or len(order), self.extractors, name)
         if found < (most or LEAST):
             raise UserError(
                 f"{found} of {len(order)} pictures of the source can be used at "
-                f"{self.resolution}×{self.resolution}, fewer than {most or LEAST}; the others are "
+                f"{self.least}×{self.least}, fewer than {most or LEAST}; the others are "
                 "smaller, too long or broken: compare at a smaller --resolution, or give more."
             )
         return record
@@ -170,6 +173,9 @@ class Job:
 
     def report(self, sets: Sequence[scores.Scored]) -> str:
         """Scores sets and writes metrics.json, metrics.md, sheet.png and report.html.
+
+        A row a set first, then one of real pictures, half of them compared with the others; and of
+        a source of scenes two more, of real scenes with their own captions and with others'.
 
         Returns:
           The metrics as a Markdown table, and notes; "" but on the first process.
@@ -241,15 +247,16 @@ def score_bundle(
     ways = drawn.settings(guidance, steps, samplers, aug_level)
     told = [way.told(pipe, stage) for way in ways]
     digest = hashlib.sha256(Path(bundle, "cascade.json").read_bytes()).hexdigest()
-    job.begin(side, bundle=digest, ways=told)
+    job.begin(side, 1 if stage is None else side, bundle=digest, ways=told)
     shared = {"bundle": digest, "source": job.data.about, "seed": against.seed}
     enlarged = None
     if stage is None:
-        places, prompts = zip(*itertools.islice(job.captions(), num), strict=True)
+        taken = on_all_processes(lambda: list(itertools.islice(job.captions(), num)), job.mesh)
+        places, prompts = zip(*taken, strict=True)
     else:
         shared["enlarged"] = against.real
         places = np.resize(job.real.shared("place")[: against.real], num).tolist()
-        prompts = job.told(job.data, places)
+        prompts = on_all_processes(lambda: job.told(job.data, places), job.mesh)
         reader = Reader(job.data, job.order(job.data), side, strict=True)
         enlarged = drawn.Enlarged(stage, lambda i: reader(places[i]))
     sets = []

@@ -52,9 +52,9 @@ class Data(NamedTuple):
     max_aspect: float = MAX_ASPECT
     max_broken_rate: float = 0.01
 
-    def preprocess(self, resolution: int) -> Preprocess:
-        """What makes squares of that side; smaller pictures are left out."""
-        return Preprocess(resolution, self.ground, resolution, self.max_aspect)
+    def preprocess(self, resolution: int, least: int = 1) -> Preprocess:
+        """What makes squares of that side; pictures that are smaller, or than `least`, are out."""
+        return Preprocess(resolution, self.ground, max(resolution, least), self.max_aspect)
 
 
 def open_data(text: str, split: str = "heldout", overrides: Sequence[str] = ()) -> Data:
@@ -190,12 +190,17 @@ def side(made: Sequence[Made], resolution: int | None) -> int:
 
 
 class Reader(NamedTuple):
-    """Place in a list of records -> uint8 [resolution, resolution, 3], or why there is none."""
+    """Place in a list of records -> uint8 [resolution, resolution, 3], or why there is none.
+
+    Attributes:
+      least: side of the smallest pictures that count; those below `resolution` never do.
+    """
 
     data: Data
     places: Sequence[int]
     resolution: int
     strict: bool
+    least: int = 1
 
     def __call__(self, place: int) -> np.ndarray | Skipped | None:
         """Reads one; None beyond the end.
@@ -207,7 +212,8 @@ class Reader(NamedTuple):
             return None
         number, source = int(self.places[place]), self.data.source
         try:
-            return self.data.preprocess(self.resolution)(read_record(source, number)["image"])
+            preprocess = self.data.preprocess(self.resolution, self.least)
+            return preprocess(read_record(source, number)["image"])
         except (BrokenPicture, Filtered) as reason:
             key = source.key(number)
             if self.strict:

@@ -13,8 +13,7 @@ from processes import cluster, run_processes
 from tiny_cascade import stage_config, trained
 
 from cascade.cli import main
-from cascade.data.record_files import to_example, write_file
-from cascade.evaluation import evaluate, pictures, record
+from cascade.evaluation import evaluate, record
 from cascade.evaluation.evaluate import Against, score_bundle, score_folders
 from cascade.evaluation.features import Extractor
 from cascade.evaluation.moments import Moments, frechet_distance
@@ -36,7 +35,7 @@ def quarters(mesh):
         side = x.shape[1] // 2
         return x.reshape(len(x), 2, side, 2, side, 3).mean((2, 4)).reshape(len(x), 12)
 
-    return Extractor("quarters", network, lambda pictures: pictures / 255.0, {}, 12, "1", mesh)
+    return Extractor("quarters", network, lambda pictures: pictures / 255.0, {}, "1", mesh)
 
 
 @functools.cache
@@ -54,11 +53,13 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A bundle of one stage, 8×8, and a folder of 24 captioned pictures, 16×16."""
+    """Bundles of one stage, 8×8 and from that to 16×16; and 24 captioned pictures, 16×16."""
     folder = tmp_path_factory.mktemp("evaluate")
     text = {"name": "minilm", "max_length": 8, "weights": ""}
     stages = [trained(stage_config(8, 0, text_width=384, text_length=8))]
     Cascade(stages, text, minilm(max_length=8, weights="")).save(folder / "bundle")
+    stages = [trained(stage_config(16, 8, text_width=384, text_length=8))]
+    Cascade(stages, text, minilm(max_length=8, weights="")).save(folder / "enlarger")
     for i in range(24):
         colours = RNG.integers(0, 256, (4, 4, 3)).astype(np.uint8)
         save_png(folder / "real" / f"{i:02d}.png", np.kron(colours, np.ones((4, 4, 1), np.uint8)))
@@ -139,10 +140,8 @@ def test_a_run_that_was_stopped_goes_on(folder, tmp_path, monkeypatch):
     (tmp_path / "out" / WAY / ".half.tmp").write_bytes(b"half")
     batches.clear()
     scored(folder, tmp_path / "out")
-    assert (
-        batches == [WAY, WAY]
-        and metrics(tmp_path / "out")[0]["FID-quarters"] == whole[0]["FID-quarters"]
-    )
+    assert batches == [WAY, WAY]
+    assert metrics(tmp_path / "out")[0]["FID-quarters"] == whole[0]["FID-quarters"]
 
 
 def test_more_pictures_and_other_ways_use_what_is_there(folder, tmp_path, monkeypatch):
@@ -191,18 +190,14 @@ def test_larger_drawings_are_shrunk(folder, tmp_path):
 
 def test_a_stage_alone_enlarges_real_pictures(folder, tmp_path):
     """Shrunk to what it takes, by the path of `cascade upscale`; over and over where they end."""
-    text = {"name": "minilm", "max_length": 8, "weights": ""}
-    settings = {"text_width": 384, "text_length": 8}
-    stages = [trained(stage_config(16, 8, **settings))]
-    Cascade(stages, text, minilm(max_length=8, weights="")).save(tmp_path / "bundle")
     real = against(folder, tmp_path / "out", real=10)
     ways = {"steps": [1], "guidance": [1.0], "aug_level": [0.1], "batch_size": 4}
-    score_bundle(real, tmp_path / "bundle", num=13, stage=0, **ways)
+    score_bundle(real, folder / "enlarger", num=13, stage=0, **ways)
     row = metrics(tmp_path / "out")[0]
     assert row["stage"] == "0" and row["aug_level"] == "0.1" and row["pictures"] == 13
     names = [int(i) for i in np.random.default_rng(0).permutation(24)[:10]]
     pictures = np.stack([read_image(folder / "real" / f"{i:02d}.png") for i in names + names[:3]])
-    pipe = loaded(tmp_path / "bundle", text_weights="", mesh=all_devices())
+    pipe = loaded(folder / "enlarger", text_weights="", mesh=all_devices())
     how = {"steps": 1, "guidance": 1.0, "aug_level": 0.1, "batch_size": 4, "progress": False}
     prompts = [f"thing {chr(97 + i)}" for i in names + names[:3]]
     wanted = pipe.upscale(pictures, prompts, 0, 0, **how)
@@ -211,6 +206,19 @@ def test_a_stage_alone_enlarges_real_pictures(folder, tmp_path):
         np.testing.assert_array_equal(read_image(kept / f"{i:04d}.png"), wanted[i])
     assert not (wanted[0] == wanted[10]).all()  # the same picture, other noise
     assert row["top-1"] is not None and row["asked"] == 13
+
+
+def test_a_stage_is_given_pictures_as_large_as_it_draws(folder, tmp_path):
+    """However small they are compared."""
+    shutil.copytree(folder / "real", tmp_path / "real")
+    for i in range(24):
+        save_png(tmp_path / "real" / f"small{i}.png", np.zeros((8, 8, 3), np.uint8))
+        (tmp_path / "real" / f"small{i}.txt").write_text("a small thing\n")
+    ways = {"steps": [1], "guidance": [1.0], "aug_level": [0.1], "batch_size": 4}
+    real = against(tmp_path, tmp_path / "out", resolution=8)
+    score_bundle(real, folder / "enlarger", num=10, stage=0, **ways)
+    drawn, halves = metrics(tmp_path / "out")
+    assert drawn["pictures"] == 10 and halves["pictures"] == 12 and drawn["names"] == 24
 
 
 def test_pictures_made_elsewhere(folder, tmp_path):
@@ -231,17 +239,6 @@ def test_pictures_made_elsewhere(folder, tmp_path):
     score_folders(against(folder, tmp_path / "out2", resolution=16), [str(tmp_path / "bare")])
     other, _ = metrics(tmp_path / "out2")
     assert "top-1" not in other and other["FID-quarters"] > 0.1
-
-
-def test_hidden_files_are_no_pictures(folder, tmp_path):
-    made = tmp_path / "made"
-    shutil.copytree(folder / "real", made)
-    (made / "._00.png").write_bytes(b"what an archiver leaves")
-    (made / ".cache").mkdir()
-    (made / ".cache" / "00.png").write_bytes(b"a thumbnail")
-    source = pictures.Made(str(made))
-    assert [source.key(i) for i in range(len(source))] == [f"{i:02d}.png" for i in range(24)]
-    assert source.captions(1) == ["thing b", "another"]
 
 
 @pytest.mark.parametrize("captioned", [True, False])
@@ -321,27 +318,6 @@ def test_what_is_wrong_is_said(arguments, wanted, folder, tmp_path, monkeypatch)
     (tmp_path / "mixed" / "large.txt").write_text("a larger thing\n")
     assert wanted in said("--source", "real", "--out", "out", *arguments)
     assert not (tmp_path / "out" / "metrics.json").exists()
-
-
-def test_a_configs_splits():
-    """The held-out one by default, limits and ground as the config has them."""
-    spec = "configs/emoji/base64.py:smoke"
-    data = evaluate.open_data(spec, "heldout", ["--config.data.ground=#000000"])
-    assert data.about != evaluate.open_data(spec, "heldout").about
-    assert data.ground == (0, 0, 0) and len(data.source) == data.about["records"]
-    train = evaluate.open_data(spec, "train", ["--config.data.source.records=9"])
-    assert len(train.source) == 9 and train.about != data.about
-    with pytest.raises(evaluate.UserError, match="Unknown split"):
-        evaluate.open_data(spec, "test")
-
-
-def test_record_files_are_a_source(folder, tmp_path):
-    picture = (folder / "real" / "00.png").read_bytes()
-    examples = [to_example({"image": picture, "captions": [f"thing {i}", "another"]}) for i in "ab"]
-    write_file(tmp_path / "x-00000.array_record", examples)
-    data = evaluate.open_data(str(tmp_path / "*.array_record"))
-    assert [evaluate.first_caption(data, i) for i in range(2)] == ["thing a", "thing b"]
-    assert data.preprocess(16)(data.source[1]["image"]).shape == (16, 16, 3)
 
 
 TOGETHER = """
