@@ -36,7 +36,7 @@ def demo(workdir, minutes):
     "on a CPU, else full]",
 )
 def reproduce(what, workdir, recipe):
-    """Make a distilled cascade of emoji from nothing: data, training, distillation, scores.
+    """Make the emoji cascade of few steps, from nothing.
 
     A second run resumes what was interrupted and reuses what is done.
 

@@ -15,7 +15,10 @@ PROGRESSIVE = {"name": "progressive", "backward": False}
 CONSISTENCY = {"name": "consistency", "teacher_steps_start": 4, "teacher_steps_end": 8}
 
 
-@pytest.mark.parametrize("objective", [PROGRESSIVE, CONSISTENCY | {"backward": False}])
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param(PROGRESSIVE, marks=pytest.mark.slow), CONSISTENCY | {"backward": False}],
+)
 def test_a_student_of_its_own_pictures_draws(tmp_path, objective):
     config = tiny_distillation(tmp_path, steps=(4, 2), updates=3)
     config.distill.objective = objective
