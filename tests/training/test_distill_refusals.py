@@ -10,7 +10,7 @@ from cascade import config as configs
 from cascade.cli import main
 from cascade.errors import UserError
 from cascade.text.bert import minilm
-from cascade.training.distill import distill
+from cascade.training.distill import distill, distill_cascade
 from cascade.training.halvings import check_distillation, halvings
 from cascade.training.teacher import find_teacher
 from cascade.training.train import train
@@ -137,6 +137,13 @@ def test_who_learns_from_whom(tmp_path):
     assert [h.config.train.steps for h in halvings(config)] == [6, 6, 50, 50]
     assert [h.config.train.learning_rate.decay_steps for h in halvings(config)] == [6, 6, 50, 50]
     assert len({h.config.seed for h in halvings(config)}) == 4
+
+
+def test_a_cascade_has_one_text_encoder(tmp_path):
+    other = changed(tiny_distillation(tmp_path), text__max_length=6)
+    with pytest.raises(UserError, match="The stages base and sr have the text encoders"):
+        distill_cascade({"base": tiny_distillation(tmp_path), "sr": other}, tmp_path / "few")
+    assert not (tmp_path / "few").exists()
 
 
 @pytest.mark.parametrize("arg", ["", ":smoke"])
