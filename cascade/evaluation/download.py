@@ -5,12 +5,12 @@ import hashlib
 import http.client
 import os
 import urllib.request
-import uuid
 from pathlib import Path
 
 from tqdm import tqdm
 
 from cascade.errors import UserError
+from cascade.files import replacing
 
 URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -41,24 +41,21 @@ def fetch(url: str = URL, folder: Path | None = None) -> Path:
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest().startswith(wanted):
             return path
-    temporary = folder / f".{name}.{uuid.uuid4().hex}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        digest = _copy(url, temporary, name)
-        if not digest.startswith(wanted):
-            raise UserError(
-                f"What {url} sent has the sha256 {digest[:8]}… and not {wanted}…, so it isn't that "
-                "file; try again, or fetch it by other means and give it as --inception FILE."
-            )
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            digest = _copy(url, temporary, name)
+            if not digest.startswith(wanted):
+                raise UserError(
+                    f"What {url} sent has the sha256 {digest[:8]}… and not {wanted}…, so it isn't "
+                    "that file; try again, or fetch it by other means and give it as --inception "
+                    "FILE."
+                )
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(
             f"Can't fetch {url} to {str(folder)!r} ({error}); fetch it where there is a network "
             "and give it as --inception FILE."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return path
 
 
