@@ -17,7 +17,6 @@ from pathlib import Path
 import click
 import numpy as np
 from PIL import Image, ImageFilter
-from tqdm import tqdm
 
 from cascade.data.preprocess import decode
 from cascade.data.sources import tfds
@@ -29,7 +28,6 @@ from cascade.images import to_uint8
 from cascade.parallel.mesh import all_devices
 
 SIDE = 64
-BATCH = 16
 FEW = 50
 
 
@@ -73,16 +71,6 @@ SPOILED = {
 }
 
 
-def features(pictures: np.ndarray, extractor) -> np.ndarray:
-    """[N, D] of uint8 [N, H, W, 3]; the last batch is filled up."""
-    found = []
-    for start in tqdm(range(0, len(pictures), BATCH)):
-        batch = pictures[start : start + BATCH]
-        filled = np.concatenate([batch, np.repeat(batch[-1:], BATCH - len(batch), axis=0)])
-        found.append(np.asarray(extractor(filled))[: len(batch)])
-    return np.concatenate(found)
-
-
 @click.command()
 @click.option("--data", default="data/emoji64", show_default=True)
 @click.option("--pictures", "half", default=1400, show_default=True, help="On each side.")
@@ -101,7 +89,7 @@ def main(data, half, out):
     names = [record["captions"][0] for record in records]
     pictures = np.stack(decoded)
     extractor = efficientnet_lite0(all_devices())
-    known = features(pictures, extractor)
+    known = extractor.all_of(pictures, "real")
     reference = scores.Reference(known[:half], extractor.name)
     rows = []
 
@@ -117,7 +105,7 @@ def main(data, half, out):
         drawn = known[half:]
         if what != "as they are":
             spoiled = np.stack([spoil(picture, rng) for picture in pictures[half:]])
-            drawn = features(spoiled, extractor)
+            drawn = extractor.all_of(spoiled, what)
         compare(what, drawn, names[half:])
     compare(f"{FEW} of them, again and again", known[np.resize(np.arange(half, half + FEW), half)])
     table = scores.markdown(*scores.table(rows))

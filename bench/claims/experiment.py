@@ -28,7 +28,6 @@ from cascade.training.export import read_trained
 from cascade.training.train import train
 
 RESULTS = Path(__file__).parents[1] / "results"
-BATCH = 16
 
 
 class Pictures(NamedTuple):
@@ -90,22 +89,13 @@ class Judge:
 
     def __init__(self, real: Pictures):
         self.extractor = efficientnet_lite0(all_devices())
-        self.known = self.features(real.images)
+        self.known = self.extractor.all_of(real.images, "real")
         self.names = real.captions
         self.reference = scores.Reference(self.known, self.extractor.name)
 
-    def features(self, images: np.ndarray) -> np.ndarray:
-        """[N, D] of uint8 [N, S, S, 3]; the last batch is filled up."""
-        found = []
-        for start in range(0, len(images), BATCH):
-            batch = images[start : start + BATCH]
-            filled = np.concatenate([batch, np.repeat(batch[-1:], BATCH - len(batch), axis=0)])
-            found.append(np.asarray(self.extractor(filled))[: len(batch)])
-        return np.concatenate(found)
-
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, float | None]:
         """Distances, and the share of pictures that are nearest to the drawing that is named."""
-        drawn = self.features(images)
+        drawn = self.extractor.all_of(images)
         rank = ranks(direction(drawn), prompts, direction(self.known), self.names)
         found = {f"top-{k}": among(rank, k) for k in scores.BEST}
         return self.reference.compare(drawn)[0] | found

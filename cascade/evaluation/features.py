@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+from tqdm import tqdm
 
 from cascade.errors import UserError
 from cascade.evaluation.download import fetch
@@ -23,11 +24,13 @@ from cascade.evaluation.torch_weights import is_torch_file, read_state_dict
 from cascade.networks import convolutions, efficientnet_lite, inception
 from cascade.parallel.mesh import (
     batch_sharding,
+    batch_shares,
     on_all_processes,
     on_first_process,
     put,
     replicated,
     split_rows,
+    whole_on_host,
 )
 
 VENDORED = Path(__file__).parent / "efficientnet_lite0" / "model.safetensors"
@@ -35,6 +38,7 @@ VENDORED = Path(__file__).parent / "efficientnet_lite0" / "model.safetensors"
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 RESIZES = ("antialiased", "bilinear")
+ROWS = 16  # pictures that go through a network at once, on each device
 
 
 class Extractor:
@@ -81,6 +85,20 @@ class Extractor:
         if isinstance(pictures, np.ndarray):
             pictures = split_rows(pictures, self._mesh)
         return self._features(self._params, pictures)
+
+    def all_of(self, pictures: np.ndarray, what: str = "") -> np.ndarray:
+        """Of uint8 [N, H, W, 3], any number, in batches: [N, ...] on this host.
+
+        Args:
+          what: names a progress bar; "" shows none.
+        """
+        rows, found = ROWS * batch_shares(self._mesh), []
+        for start in tqdm(range(0, len(pictures), rows), what, disable=not what):
+            batch = pictures[start : start + rows]
+            # The last one is filled up, so that it's no shape of its own.
+            filled = batch[np.minimum(np.arange(rows), len(batch) - 1)]
+            found.append(whole_on_host(self(filled))[: len(batch)])
+        return np.concatenate(found)
 
 
 def resize(x: jax.Array, side: int, kind: str) -> jax.Array:

@@ -19,7 +19,7 @@ from cascade.data.loader import make_source
 from cascade.data.preprocess import BrokenPicture, Filtered, Preprocess, colour
 from cascade.data.sources import PLACES, array_record, read_record
 from cascade.errors import UserError
-from cascade.evaluation.features import Extractor
+from cascade.evaluation.features import ROWS, Extractor
 from cascade.evaluation.record import SHOWN, Record
 from cascade.images import read_metadata
 from cascade.parallel.mesh import (
@@ -31,7 +31,6 @@ from cascade.parallel.mesh import (
 )
 
 SPLITS = ("heldout", "train")
-ROWS = 16  # pictures that go through a network at once, on each device
 MAX_ASPECT = 10.0
 
 

@@ -33,6 +33,17 @@ def test_features_are_a_numpy_forwards(efflite):
     assert by_hand.shape == (2, 1280) and by_hand.std(0).max() > 0.1
 
 
+def test_features_of_any_number_are_those_of_each():
+    """Of 19 pictures, which fill no batch."""
+
+    def network(unit, x):
+        return x.reshape(len(x), -1)
+
+    extract = features.Extractor("pixels", network, lambda x: x / 255.0, {}, "1", all_devices())
+    pictures = RNG.integers(0, 256, (19, 4, 4, 3)).astype(np.uint8)
+    np.testing.assert_allclose(extract.all_of(pictures), pictures.reshape(19, -1) / 255, rtol=1e-6)
+
+
 def prepared(picture):
     """By Pillow, a channel at a time, in its floating-point mode."""
     channels = [Image.fromarray(picture[..., i].astype(np.float32), mode="F") for i in range(3)]
