@@ -11,6 +11,19 @@ from ml_collections import ConfigDict
 from cascade.configs import smoke
 
 
+def emoji(variant: str, split: str) -> dict:
+    """A split of what `cascade data build emoji --out data/emoji` makes, as a source."""
+    return {
+        "name": "tfds",
+        "dataset": f"emoji/{variant}",
+        "data_dir": "data/emoji",
+        "image_key": "image",
+        "caption_key": "captions",
+        "template": "{}",
+        "split": split,
+    }
+
+
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; `arg` is "" or "smoke" (seconds on a CPU, on synthetic data)."""
     config = ConfigDict()
@@ -86,17 +99,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.text = {"name": "minilm", "max_length": 48, "weights": ""}
     config.text_cache = {"folder": "data/text_cache", "dtype": "float16"}
 
-    emoji = {
-        "name": "tfds",
-        "dataset": "emoji/full",
-        "data_dir": "data/emoji",
-        "image_key": "image",
-        "caption_key": "captions",
-        "template": "{}",
-    }
     config.data = {
-        "source": {**emoji, "split": "train"},
-        "eval_source": {**emoji, "split": "heldout"},
+        "source": emoji("full", "train"),
+        "eval_source": emoji("full", "heldout"),
         "filter": {"min_side": 1, "max_aspect": 4.0},  # pictures outside it are left out
         "ground": "#ffffff",  # what shows through transparent pictures
         "crop": "centre",

@@ -9,22 +9,13 @@ from ml_collections import ConfigDict
 from cascade.configs import smoke
 from cascade.configs.emoji import base64
 
-SOURCE = {
-    "name": "tfds",
-    "dataset": "emoji/demo",
-    "data_dir": "data/emoji",
-    "image_key": "image",
-    "caption_key": "captions",
-    "template": "{}",
-}
-
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; `arg` is "" (a CPU), "accelerator" (wider, longer), or "smoke"."""
     config = base64.get_config()
     config.text.max_length = config.stage.text_length = 32
-    config.data.source = {**SOURCE, "split": "train"}
-    config.data.eval_source = {**SOURCE, "split": "heldout"}
+    config.data.source = base64.emoji("demo", "train")
+    config.data.eval_source = base64.emoji("demo", "heldout")
 
     stage = config.stage
     stage.resolution = 32

@@ -13,15 +13,6 @@ from ml_collections import ConfigDict
 from cascade.configs import smoke
 from cascade.configs.emoji import base64
 
-EMOJI = {
-    "name": "tfds",
-    "dataset": "emoji/small",
-    "data_dir": "data/emoji",
-    "image_key": "image",
-    "caption_key": "captions",
-    "template": "{}",
-}
-
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; `arg` is "" or "smoke"."""
@@ -29,12 +20,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.source = {
         "name": "mixture",
         "sources": {
-            "singles": {**EMOJI, "split": "singles"},
-            "scenes": {**EMOJI, "split": "scenes"},
+            "singles": base64.emoji("small", "singles"),
+            "scenes": base64.emoji("small", "scenes"),
         },
         "weights": {"singles": 0.7, "scenes": 0.3},
     }
-    config.data.eval_source = {**EMOJI, "split": "heldout"}
+    config.data.eval_source = base64.emoji("small", "heldout")
     config.data.cache_decoded = False  # a mixture's aren't
 
     stage = config.stage
