@@ -33,7 +33,12 @@ from cascade.text.interface import TextEncoder
 from cascade.training.export import bundle_runs
 from cascade.training.halvings import Halving, check_distillation, halvings
 from cascade.training.loop import Place, Task, finish, run, unfinish, write_config
-from cascade.training.same_run import FIXED_DISTILLING, check_same, portable_text, without_places
+from cascade.training.same_run import (
+    FIXED_DISTILLING,
+    check_one_text,
+    check_same,
+    without_places,
+)
 from cascade.training.teacher import find_teacher
 from cascade.training.train import inputs
 
@@ -74,7 +79,7 @@ def distill_cascade(stages: dict, workdir, *, progress: bool = True) -> pathlib.
       UserError, Stopped: as `distill`.
     """
     workdir = pathlib.Path(workdir)
-    _check_text(stages)
+    check_one_text({name: configs.to_json(config.text) for name, config in stages.items()})
     places, encoder = {}, None  # one for all, so that its weights are read once
     for name, config in stages.items():
         places[name] = begin(config, workdir / name, encoder)
@@ -89,17 +94,6 @@ def distill_cascade(stages: dict, workdir, *, progress: bool = True) -> pathlib.
     on_first_process(write, mesh)
     finish(workdir, sum(_updates(config) for config in stages.values()))
     return made
-
-
-def _check_text(stages: dict):
-    """Refuses configs of several text encoders: a cascade reads a prompt once."""
-    (first, text), *others = ((name, configs.to_json(c.text)) for name, c in stages.items())
-    for name, other in others:
-        if portable_text(other) != portable_text(text):
-            raise UserError(
-                f"The stages {first} and {name} have the text encoders {text} and {other}; a "
-                "cascade encodes a prompt once, so give all stages the same."
-            )
 
 
 def begin(config, workdir, encoder: TextEncoder | None = None) -> Place:

@@ -16,7 +16,7 @@ from cascade.stage import Stage
 from cascade.text.encoders import ENCODERS, TextEncoder
 from cascade.training.checkpoint import Checkpoints
 from cascade.training.optim import make_optimizer
-from cascade.training.same_run import portable_text
+from cascade.training.same_run import check_one_text
 from cascade.training.state import init_state
 
 
@@ -112,12 +112,7 @@ def bundle_runs(
     check_place(folder, **bundle.PLACE, overwrite=overwrite)
     runs = [read_trained(workdir) for workdir in workdirs]
     texts = [run.text for run in runs]
-    for workdir, text in zip(workdirs, texts, strict=True):
-        if portable_text(text) != portable_text(texts[0]):
-            raise UserError(
-                f"{workdir} was trained with the text encoder {text}, {workdirs[0]} with "
-                f"{texts[0]}; a cascade encodes a prompt once, so all stages must share it."
-            )
+    check_one_text(dict(zip(map(str, workdirs), texts, strict=True)))
     if encoder is None:
         named = {"weights": encoder_weights} if encoder_weights else {}
         encoder = registry.build("text encoder", ENCODERS, {**texts[0], **named})

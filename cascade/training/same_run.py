@@ -1,6 +1,6 @@
 """Whether what a folder holds is the run that a config describes, so that it may go on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cascade import config as configs
 from cascade.data.sources import PLACES
@@ -81,6 +81,24 @@ def portable_text(section: dict) -> dict:
     Whether two places hold the same weights is for the encoder's fingerprint to tell.
     """
     return {key: value for key, value in section.items() if key != "weights"}
+
+
+def check_one_text(sections: Mapping[str, dict]):
+    """Checks that all stages of a cascade have one text encoder: a prompt is encoded once.
+
+    Args:
+      sections: name of each stage, or of its folder -> its text section.
+
+    Raises:
+      UserError: naming the first two that differ in more than where the weights lie.
+    """
+    (first, text), *others = ((name, portable_text(each)) for name, each in sections.items())
+    for name, other in others:
+        if other != text:
+            raise UserError(
+                f"The stages {first} and {name} have the text encoders {text} and {other}; a "
+                "cascade encodes a prompt once, so give all stages the same."
+            )
 
 
 def without_places(config: dict) -> dict:
