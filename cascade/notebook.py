@@ -1,4 +1,4 @@
-"""What a notebook needs beside the package: a folder that outlives it, and curves that grow."""
+"""What a notebook needs beside the package: a lasting folder, an example, curves that grow."""
 
 import contextlib
 import io
@@ -10,12 +10,18 @@ from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
+from cascade.data.emoji.drawings import demo_phrases, render_png
 from cascade.errors import UserError
 from cascade.evaluation.report import plot_losses
 from cascade.training import metrics
 
 DRIVE = pathlib.Path("/content/drive")  # where Colab's own examples mount it
 MOST = 4  # runs that are shown at once, the latest
+# Ideas of the demo, by hexcode: fruit, hearts of four colours, and what else a small picture shows.
+EXAMPLE = (
+    "1F34E", "1F34C", "1F353", "2764", "1F499", "1F49A",
+    "1F49B", "2B50", "2600", "1F41F", "1F697", "1F33B",
+)  # fmt: skip
 
 
 def lasting_folder(name: str) -> pathlib.Path:
@@ -28,7 +34,7 @@ def lasting_folder(name: str) -> pathlib.Path:
       UserError: the drive wasn't mounted.
     """
     if "google.colab" not in sys.modules:  # Colab's kernels have imported it
-        return pathlib.Path(name).absolute()
+        return pathlib.Path(name)
     from google.colab import drive
 
     try:
@@ -39,6 +45,21 @@ def lasting_folder(name: str) -> pathlib.Path:
             "a folder that you can write to."
         ) from error
     return DRIVE / "MyDrive" / name
+
+
+def example_pictures(folder: pathlib.Path, side: int = 128):
+    """Writes a dozen twemoji drawings (CC-BY-4.0), each with its caption beside it, as `x.txt`.
+
+    Args:
+      folder: it's made if it's missing; what it holds by these names is written anew.
+      side: of a picture, pixels.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for hexcode in EXAMPLE:
+        phrase = demo_phrases()[hexcode]
+        name = folder / phrase.replace(" ", "_")
+        name.with_suffix(".png").write_bytes(render_png("twemoji", hexcode, side))
+        name.with_suffix(".txt").write_text(f"{phrase}\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Where notebooks keep their runs, and the curves they show."""
+"""Where notebooks keep their runs, the pictures of their example, and the curves they show."""
 
 import json
 import os
@@ -7,8 +7,17 @@ import types
 
 import pytest
 
+from cascade.data.folder import Folder
 from cascade.errors import UserError
-from cascade.notebook import MOST, curves, lasting_folder, live_curves, logged
+from cascade.notebook import (
+    EXAMPLE,
+    MOST,
+    curves,
+    example_pictures,
+    lasting_folder,
+    live_curves,
+    logged,
+)
 
 
 def write_run(folder, rows, age=0):
@@ -21,7 +30,7 @@ def write_run(folder, rows, age=0):
 
 def test_at_home_it_is_below_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert lasting_folder("mine") == tmp_path / "mine"
+    assert lasting_folder("mine").absolute() == tmp_path / "mine"
     assert not (tmp_path / "mine").exists()
 
 
@@ -52,6 +61,15 @@ def test_a_drive_that_is_refused(colab):
     colab.refuses = True
     with pytest.raises(UserError, match=r"mounted \(mount failed\)"):
         lasting_folder("mine")
+
+
+def test_the_example_is_a_folder_to_train_on(tmp_path):
+    for _ in range(2):  # again: the same
+        example_pictures(tmp_path / "pictures", 16)
+        source = Folder(str(tmp_path / "pictures"))
+        captions = {caption for i in range(len(source)) for caption in source.captions(i)}
+        assert len(source) == len(captions) == len(EXAMPLE)
+        assert {"a red apple", "a blue heart"} < captions
 
 
 def test_runs_are_found_wherever_commands_leave_them(tmp_path):
