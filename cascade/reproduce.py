@@ -16,7 +16,7 @@ import jax
 from cascade import config as configs
 from cascade.data.prepare import build_emoji
 from cascade.errors import UserError
-from cascade.evaluation.evaluate import Against, score_bundle
+from cascade.evaluation.evaluate import Against, score_bundles
 from cascade.files import write_whole
 from cascade.images import check_writable
 from cascade.training.distill import distill_cascade
@@ -124,4 +124,4 @@ def make(recipe: Recipe):
         bundle_runs(students, "bundle", dtype="bfloat16")
     *_, last = recipe.stages.values()  # whose pictures are as large as those drawn
     against = Against(last, "evaluation", "train")
-    click.echo(score_bundle(against, "bundle", num=recipe.pictures))
+    click.echo(score_bundles(against, ["bundle"], num=recipe.pictures))

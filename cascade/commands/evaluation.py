@@ -9,7 +9,7 @@ from cascade.errors import UserError
 
 
 @click.command(context_settings=CONFIG_COMMAND)
-@click.option("--bundle", help="The bundle to draw with; or")
+@click.option("--bundle", multiple=True, help="A bundle to draw with; may be repeated; or")
 @click.option("--pictures", multiple=True, help="a folder made elsewhere; may be repeated.")
 @click.option(
     "--source",
@@ -58,13 +58,15 @@ from cascade.errors import UserError
     help="As clean-fid does, or as pytorch-fid.",
 )
 @click.option("--seed", default=0, show_default=True)
-@click.option("--batch-size", type=int, help="As in `cascade sample`.")
+@click.option(
+    "--batch-size", type=int, help="As in `cascade sample`. [default: 8; large ones on a CPU, 1]"
+)
 @click.option("--text-weights", help="As in `cascade sample`.")
 @click.option("--mesh", help="As in `cascade sample`.")
 @process_options
 @click.pass_context
 def evaluate(ctx, bundle, pictures, mesh, coordinator, processes, process, **options):
-    """Score what a bundle draws against real pictures.
+    """Score what bundles draw against real pictures.
 
     Commas part settings to try, slashes the stages of one: --steps 64/30,8/4 draws twice. Measures
     Fréchet and kernel distances, precision and recall on EfficientNet-Lite0's features, whether
@@ -87,14 +89,15 @@ def evaluate(ctx, bundle, pictures, mesh, coordinator, processes, process, **opt
         option = next(iter(given)).replace("_", "-")
         raise UserError(f"--{option} says how a --bundle draws; leave it out with --pictures.")
     options["mesh"] = joined(mesh, coordinator, processes, process)
-    from cascade.evaluation.evaluate import Against, score_bundle, score_folders
+    from cascade.evaluation.evaluate import Against, score_bundles, score_folders
     from cascade.parallel.roll import is_first
 
     against = Against(overrides=ctx.args, **options)
     if bundle:
         if "sampler" in given:
             given["samplers"] = given.pop("sampler")
-        table = score_bundle(against, bundle, **given, **({"num": num} if num is not None else {}))
+        given |= {} if num is None else {"num": num}
+        table = score_bundles(against, bundle, **given)
     else:
         table = score_folders(against, pictures, num=num)
     if is_first():

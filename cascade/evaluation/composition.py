@@ -6,7 +6,7 @@ ground that the picture has. The nearest is what it shows.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -116,10 +116,7 @@ class Drawings:
           UserError: it isn't known.
         """
         if idea not in self._number:
-            raise UserError(
-                f"A scene holds {idea!r}, which is none of the {len(self.ideas)} known drawings; "
-                "build the data set with this version."
-            )
+            raise _strange(idea, len(self.ideas))
         return self._number[idea]
 
     def _at(self, side: int) -> tuple[np.ndarray, np.ndarray]:
@@ -162,6 +159,21 @@ class Drawings:
         return int((found <= found[self.number(idea)]).sum()) - 1
 
 
+def known_ideas(style: str) -> list[str]:
+    """What scenes can show in a style.
+
+    Raises:
+      UserError: no such style.
+    """
+    try:
+        known = svg_paths(style)
+    except KeyError as error:
+        raise UserError(
+            f"A scene's style {style!r} isn't one of this version's; build the data set with it."
+        ) from error
+    return [h for h, idea in ideas().items() if idea.group in SCENE_GROUPS and h in known]
+
+
 def known_drawings(styles: Sequence[str]) -> Drawings:
     """All drawings that scenes are made of, in these styles.
 
@@ -170,14 +182,32 @@ def known_drawings(styles: Sequence[str]) -> Drawings:
     """
     pictures, shown = [], []
     for style in sorted(set(styles)):
-        try:
-            known = svg_paths(style)
-        except KeyError as error:
-            raise UserError(f"A scene's style {style!r} isn't one of this version's.") from error
-        drawn = [h for h, idea in ideas().items() if idea.group in SCENE_GROUPS and h in known]
+        drawn = known_ideas(style)
         shown += drawn
         pictures += [render(style, h, RENDERED) for h in tqdm(drawn, f"{style} drawings")]
     return Drawings(pictures, shown)
+
+
+def check_scenes(scenes: Iterable[Scene]):
+    """Checks that every scene can be compared: that `known_drawings` of all styles shows it.
+
+    Raises:
+      UserError: an idea or a style that isn't known.
+    """
+    objects = {shown for scene in scenes for shown in scene.objects}
+    known = {
+        idea for style in sorted({style for _, style in objects}) for idea in known_ideas(style)
+    }
+    strange = sorted({idea for idea, _ in objects} - known)
+    if strange:
+        raise _strange(strange[0], len(known))
+
+
+def _strange(idea: str, count: int) -> UserError:
+    return UserError(
+        f"A scene holds {idea!r}, which is none of the {count} known drawings; build the data set "
+        "with this version."
+    )
 
 
 def crops_at(picture: np.ndarray, box: Sequence[float]) -> np.ndarray:
@@ -263,8 +293,8 @@ def add_composition(
 ):
     """Adds each set's `composition` to its row, and rows of what to hold it against.
 
-    These are of real pictures: with their own scenes, the most that can be reached, and with one
-    another's, what pictures get that have nothing to do with their captions.
+    These are of no more real pictures than a set has: with their own scenes, the most that can be
+    reached, and with one another's, what pictures get that have nothing to do with their captions.
 
     Args:
       rows: what `scores.score` gave, a row a set first.
@@ -283,6 +313,7 @@ def add_composition(
     label, *others = sets[0].about
     scenes = [told.get(caption) for caption in captions]
     kept = [i for i, scene in enumerate(scenes) if scene is not None]
+    kept = kept[: max(scored.count for scored in sets)]
     own = [scenes[i] for i in kept]
     for name, wanted in (
         ("real scenes", own),

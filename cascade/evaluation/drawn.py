@@ -3,12 +3,14 @@
 import contextlib
 import functools
 import itertools
+import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from cascade.batches import Batch
@@ -16,9 +18,10 @@ from cascade.data.preprocess import resized
 from cascade.evaluation.features import Extractor
 from cascade.evaluation.record import SHOWN, Record
 from cascade.parallel.mesh import on_all_processes, whole_on_host
-from cascade.pipeline import Cascade
+from cascade.pipeline import Cascade, load
 
-AT_ONCE = 256  # prompts whose embeddings are held; a multiple of it goes through in whole batches
+PROMPTS = 256  # prompts whose embeddings are held; a multiple of it goes through in whole batches
+CPU_SIDE, CPU_ROWS = 256, 8  # see `at_once`
 
 
 class Setting(NamedTuple):
@@ -75,6 +78,51 @@ def settings(
     return [Setting(*chosen) for chosen in itertools.product(*choices)]
 
 
+class Drawing(NamedTuple):
+    """Who draws, and how.
+
+    Attributes:
+      bundle: its folder.
+      setting: the way.
+      said: what tells it from others before that does: {"by": "teacher"}.
+    """
+
+    bundle: str | os.PathLike
+    setting: Setting
+    said: Mapping[str, str]
+
+
+class Artist:
+    """Bundles that draw, of which one is held at a time."""
+
+    def __init__(self, text_weights: str, mesh: Mesh):
+        """Args: see `cascade.pipeline.load`."""
+        self._how = {"text_weights": text_weights, "mesh": mesh}
+        self._held: tuple[str | os.PathLike, Cascade] | None = None
+
+    def __call__(self, bundle: str | os.PathLike) -> Cascade:
+        """The one that is held, or another, read in its place.
+
+        Raises:
+          UserError: as `cascade.pipeline.load`.
+        """
+        if self._held is None or self._held[0] != bundle:
+            self._held = None  # its memory goes first
+            self._held = (bundle, load(bundle, **self._how))
+        return self._held[1]
+
+
+def at_once(pipe: Cascade) -> int | None:
+    """How many pictures go through a network at once where nobody says.
+
+    As `cascade sample` does (None), but on a CPU, where that is one, 8 of no more than 256×256
+    pixels: small networks' products are too small, one picture at a time, to be worth their start.
+    """
+    side = max(stage.config.resolution for stage in pipe.stages)
+    small = pipe.mesh.devices.flat[0].platform == "cpu" and side <= CPU_SIDE
+    return CPU_ROWS if small else None
+
+
 class Enlarged(NamedTuple):
     """What one super-resolution stage alone is given.
 
@@ -111,6 +159,7 @@ def measure(
     compiles.
 
     Args:
+      batch_size: as in `cascade sample`; None is `at_once`.
       resolution: side to which pictures that are drawn larger are shrunk, by area.
       what: names the progress bar.
       enlarged: None draws by the whole cascade.
@@ -119,12 +168,13 @@ def measure(
       UserError: as `Cascade.draw_batches`, or the record can't be written.
     """
     first, done = True, record.count
+    rows = at_once(pipe) if batch_size is None else batch_size
     quiet = jax.process_index() > 0
     bar = tqdm(total=len(prompts), initial=done, desc=what, unit="picture", disable=quiet)
     with bar:
         while done < len(prompts):
-            told = prompts[done : done + AT_ONCE]
-            how = {"seed": seed, "first_index": done, "batch_size": batch_size, "progress": False}
+            told = prompts[done : done + PROMPTS]
+            how = {"seed": seed, "first_index": done, "batch_size": rows, "progress": False}
             if enlarged is None:
                 batches = pipe.draw_batches(told, **how, **setting._asdict())
             else:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from processes import cluster, run_processes
 from tiny_cascade import stage_config, trained
 
 from cascade.cli import main
-from cascade.evaluation import evaluate, record
-from cascade.evaluation.evaluate import Against, score_bundle, score_folders
+from cascade.evaluation import drawn, evaluate, job, record
+from cascade.evaluation.evaluate import Against, score_bundles, score_folders
 from cascade.evaluation.features import Extractor
 from cascade.evaluation.moments import Moments, frechet_distance
 from cascade.images import read_image, save_png
@@ -46,20 +47,23 @@ def loaded(bundle, text_weights, mesh):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(evaluate, "efficientnet_lite0", quarters)
-    monkeypatch.setattr(evaluate, "load", loaded)
-    monkeypatch.setattr(evaluate, "minilm", functools.cache(minilm))
+    monkeypatch.setattr(job, "efficientnet_lite0", quarters)
+    monkeypatch.setattr(drawn, "load", loaded)
+    monkeypatch.setattr(job, "minilm", functools.cache(minilm))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Bundles of one stage, 8×8 and from that to 16×16; and 24 captioned pictures, 16×16."""
+    """Bundles that draw 8×8, enlarge that to 16×16, or both; and 24 captioned pictures, 16×16."""
     folder = tmp_path_factory.mktemp("evaluate")
-    text = {"name": "minilm", "max_length": 8, "weights": ""}
-    stages = [trained(stage_config(8, 0, text_width=384, text_length=8))]
-    Cascade(stages, text, minilm(max_length=8, weights="")).save(folder / "bundle")
-    stages = [trained(stage_config(16, 8, text_width=384, text_length=8))]
-    Cascade(stages, text, minilm(max_length=8, weights="")).save(folder / "enlarger")
+    text, encoder = {"name": "minilm", "max_length": 8, "weights": ""}, minilm(8, "")
+    stages = [
+        trained(stage_config(*sides, text_width=384, text_length=8)) for sides in ((8, 0), (16, 8))
+    ]
+    made = {"bundle": stages[:1], "enlarger": stages[1:], "both": stages}
+    for name, those in made.items():
+        Cascade(those, text, encoder).save(folder / name)
+    Cascade(stages[:1], text, encoder).save(folder / "half", dtype="bfloat16")
     for i in range(24):
         colours = RNG.integers(0, 256, (4, 4, 3)).astype(np.uint8)
         save_png(folder / "real" / f"{i:02d}.png", np.kron(colours, np.ones((4, 4, 1), np.uint8)))
@@ -73,7 +77,7 @@ def against(folder, out, **changes):
 
 def scored(folder, out, num=12, **changes):
     ways = {"steps": [2], "guidance": [1.0], "batch_size": 4} | changes
-    return score_bundle(against(folder, out), folder / "bundle", num=num, **ways)
+    return score_bundles(against(folder, out), [folder / "bundle"], num=num, **ways)
 
 
 def metrics(out):
@@ -168,31 +172,65 @@ def test_more_pictures_and_other_ways_use_what_is_there(folder, tmp_path, monkey
 def test_a_changed_setting_is_told(folder, tmp_path):
     scored(folder, tmp_path)
     with pytest.raises(evaluate.UserError, match="seed was 0 and is 1"):
-        score_bundle(against(folder, tmp_path, seed=1), folder / "bundle", num=12)
+        score_bundles(against(folder, tmp_path, seed=1), [folder / "bundle"], num=12)
     with pytest.raises(evaluate.UserError, match="resolution was 8 and is 4"):
-        score_bundle(against(folder, tmp_path, resolution=4), folder / "bundle", num=12)
+        score_bundles(against(folder, tmp_path, resolution=4), [folder / "bundle"], num=12)
 
 
 def test_captions_come_again_where_there_are_fewer(folder, tmp_path):
-    job = evaluate.Job(against(folder, tmp_path), 10)
-    taken = [next(told) for told in [job.captions()] for _ in range(30)]
+    begun = evaluate.Job(against(folder, tmp_path), 10)
+    taken = [next(told) for told in [begun.captions()] for _ in range(30)]
     assert [place for place, _ in taken] == [*range(24), *range(6)]
     assert len({caption for _, caption in taken}) == 24 and taken[0] == taken[24]
 
 
 def test_larger_drawings_are_shrunk(folder, tmp_path):
-    score_bundle(
-        against(folder, tmp_path, resolution=4), folder / "bundle", num=10, steps=[2], batch_size=4
+    score_bundles(
+        against(folder, tmp_path, resolution=4),
+        [folder / "bundle"],
+        num=10,
+        steps=[2],
+        batch_size=4,
     )
     kept = json.loads((tmp_path / "real" / "settings.json").read_text())
     assert kept["resolution"] == 4 and metrics(tmp_path)[0]["pictures"] == 10
+
+
+def test_bundles_are_compared_in_one_table(folder, tmp_path, monkeypatch):
+    """Each by the same captions, with the numbers that it has alone; and nothing is drawn twice."""
+    bundles = [folder / "bundle", folder / "half"]
+    ways = {"steps": [2], "guidance": [1.0], "batch_size": 4, "num": 12}
+    score_bundles(against(folder, tmp_path / "both"), bundles, **ways)
+    scored(folder, tmp_path / "one")
+    one, half, real = metrics(tmp_path / "both")
+    assert [row["bundle"] for row in (one, half, real)] == [*map(str, bundles), "real halves"]
+    assert one["FID-quarters"] == metrics(tmp_path / "one")[0]["FID-quarters"]
+    assert one["FID-quarters"] != half["FID-quarters"] and one["names"] == half["names"] == 24
+    monkeypatch.setattr(Cascade, "draw_batches", None)
+    score_bundles(against(folder, tmp_path / "both"), bundles[::-1], **ways)
+    again = metrics(tmp_path / "both")
+    assert [again[1].pop("bundle"), again[1]] == [one.pop("bundle"), one]
+
+
+def test_who_draws_larger_is_shrunk_only_if_told_so(folder, tmp_path):
+    bundles = [folder / "bundle", folder / "both"]
+    with pytest.raises(evaluate.UserError, match="8 pixels a side and another 16; give --resol"):
+        score_bundles(against(folder, tmp_path), bundles, num=10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cpu_draws_several_small_pictures_at_once(folder):
+    pipe = loaded(folder / "bundle", text_weights="", mesh=all_devices())
+    assert drawn.at_once(pipe) == 8
+    large = SimpleNamespace(config=SimpleNamespace(resolution=512))
+    assert drawn.at_once(SimpleNamespace(stages=[*pipe.stages, large], mesh=pipe.mesh)) is None
 
 
 def test_a_stage_alone_enlarges_real_pictures(folder, tmp_path):
     """Shrunk to what it takes, by the path of `cascade upscale`; over and over where they end."""
     real = against(folder, tmp_path / "out", real=10)
     ways = {"steps": [1], "guidance": [1.0], "aug_level": [0.1], "batch_size": 4}
-    score_bundle(real, folder / "enlarger", num=13, stage=0, **ways)
+    score_bundles(real, [folder / "enlarger"], num=13, stage=0, **ways)
     row = metrics(tmp_path / "out")[0]
     assert row["stage"] == "0" and row["aug_level"] == "0.1" and row["pictures"] == 13
     names = [int(i) for i in np.random.default_rng(0).permutation(24)[:10]]
@@ -216,7 +254,7 @@ def test_a_stage_is_given_pictures_as_large_as_it_draws(folder, tmp_path):
         (tmp_path / "real" / f"small{i}.txt").write_text("a small thing\n")
     ways = {"steps": [1], "guidance": [1.0], "aug_level": [0.1], "batch_size": 4}
     real = against(tmp_path, tmp_path / "out", resolution=8)
-    score_bundle(real, folder / "enlarger", num=10, stage=0, **ways)
+    score_bundles(real, [folder / "enlarger"], num=10, stage=0, **ways)
     drawn, halves = metrics(tmp_path / "out")
     assert drawn["pictures"] == 10 and halves["pictures"] == 12 and drawn["names"] == 24
 
@@ -323,10 +361,10 @@ def test_what_is_wrong_is_said(arguments, wanted, folder, tmp_path, monkeypatch)
 TOGETHER = """
 import sys
 from cascade.data.record_files import to_example, write_file
-from cascade.evaluation import evaluate, record
+from cascade.evaluation import job
 from test_evaluate import quarters
 from cascade.cli import main
-evaluate.efficientnet_lite0 = quarters
+job.efficientnet_lite0 = quarters
 folder, out = sys.argv[1:]
 main(["evaluate", "--bundle", f"{folder}/bundle", "--source", f"{folder}/real", "--out", out,
       "--num", "10", "--steps", "2", "--guidance", "1", "--batch-size", "4", "--mesh", "data=2"])

@@ -40,7 +40,7 @@ def test_weights_that_cannot_be_fetched_or_read(told, tmp_path, monkeypatch):
 def test_pictures_that_cannot_be_enlarged(told, tmp_path):
     record = Record(tmp_path / "out", {}, Together)
     told.clear()
-    how = (drawn.Setting(), 0, None, 8, (), "", drawn.Enlarged(0, unreadable))
+    how = (drawn.Setting(), 0, 1, 8, (), "", drawn.Enlarged(0, unreadable))
     with pytest.raises(UserError, match="It can't"):
         drawn.measure(record, None, ["a thing"], *how)
     assert told == [True]
