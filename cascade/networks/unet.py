@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cascade.diffusion.schedules import BETAS
-from cascade.errors import UserError
-from cascade.networks.attention import TEXT_GROUPS, TextPool
+from cascade.networks.attention import TextPool
+from cascade.networks.fields import check_fields, check_inputs
 from cascade.networks.layers import (
     ACTIVATIONS,
     GroupNorm,
@@ -33,13 +32,8 @@ from cascade.networks.layers import (
     pixel_shuffle,
     pixel_unshuffle,
 )
-from cascade.networks.levels import BEFORE_POLICIES, REMAT, Level
+from cascade.networks.levels import Level
 from cascade.parallel.layout import Layout
-
-RESAMPLINGS = ("block", "nearest", "shuffle")
-SKIPS = ("block", "level")
-TEXT_NORMS = ("layer", "group", "none")
-DTYPES = ("float32", "bfloat16")
 
 
 class UNet(nn.Module):
@@ -169,7 +163,7 @@ class UNet(nn.Module):
             condition is missing.
         """
         self.check()
-        self._check_inputs(z_t, cond)
+        check_inputs(self, z_t, cond)
         style = Style(
             self.norm_groups,
             self.activation,
@@ -274,81 +268,4 @@ class UNet(nn.Module):
 
     def check(self) -> None:
         """Raises a UserError where a field has no such value, or fields contradict each other."""
-        levels = len(self.channel_mults)
-        for field in ("num_blocks", "strides", "self_attention", "text_attention"):
-            if len(getattr(self, field)) != levels:
-                raise UserError(
-                    f"The network's {field} has {len(getattr(self, field))} items but "
-                    f"channel_mults has {levels}; give one item a level."
-                )
-        choices = {
-            "resampling": RESAMPLINGS,
-            "skips": SKIPS,
-            "activation": tuple(ACTIVATIONS),
-            "embedding_activations": tuple(ACTIVATIONS),
-            "noise_embedding": ("logsnr", *BETAS),
-            "text_norm": TEXT_NORMS,
-            "dtype": DTYPES,
-            "remat": tuple(REMAT),
-            "attention_implementation": ("auto", "xla", "cudnn"),
-        }
-        for field, allowed in choices.items():
-            value = getattr(self, field)
-            if not set(value if isinstance(value, tuple) else (value,)) <= set(allowed):
-                now = BEFORE_POLICIES.get(value) if field == "remat" else None
-                hint = f", which is {now!r} now" if now else ""
-                raise UserError(
-                    f"The network's {field} is {value!r}{hint}; choose from {', '.join(allowed)}."
-                )
-        if self.entry_skips and self.skips == "level":
-            raise UserError(
-                "The network's entry_skips is set but skips is 'level'; set entry_skips to False, "
-                "or skips to 'block'."
-            )
-        if len(self.middle_attention) != 2:
-            raise UserError(
-                f"The network's middle_attention is {self.middle_attention}; give two truth values,"
-                " over pixels and over text."
-            )
-        if self.patch < 1:
-            raise UserError(f"The network's patch is {self.patch}; make it 1 or more.")
-        if set(self.strides) - {1, 2}:
-            raise UserError(f"The network's strides are {self.strides}; make each of them 1 or 2.")
-        for i, mult in enumerate(self.channel_mults):
-            width = self.channels * mult
-            attends = self.self_attention[i] or self.text_attention[i]
-            if self.middle and i == levels - 1:
-                attends = attends or any(self.middle_attention)
-            for field, used in (("norm_groups", True), ("head_channels", attends)):
-                if used and width % getattr(self, field):
-                    raise UserError(
-                        f"Level {i} of the network has {width} channels, not a multiple of its "
-                        f"{field} {getattr(self, field)}; change either."
-                    )
-
-    def _check_inputs(self, z_t, cond) -> None:
-        """Raises a UserError where inputs don't fit the fields."""
-        _, height, width, _ = z_t.shape
-        if min(height, width) < 1 or height % self.divisor or width % self.divisor:
-            raise UserError(
-                f"A picture of {height}×{width} pixels doesn't fit the network, which needs height "
-                f"and width to be multiples of {self.divisor}; choose such a size."
-            )
-        more = ("lowres", "aug_logsnr") if self.super_resolution else ()
-        more += ("guidance_weight",) if self.embed_guidance else ()
-        for key in ("text_emb", "text_mask", *more):
-            if key not in cond:
-                raise UserError(f"The condition {key!r} is missing; this network needs it.")
-        states_width = cond["text_emb"].shape[-1]
-        text_width = self.text_channels or states_width
-        pooled_width = text_width if self.pool_projected else states_width
-        if self.pool_heads and pooled_width % self.pool_heads:
-            raise UserError(
-                f"The text to pool is {pooled_width} wide, not a multiple of the network's "
-                f"pool_heads {self.pool_heads}; change pool_heads."
-            )
-        if self.text_norm == "group" and text_width % TEXT_GROUPS:
-            raise UserError(
-                f"Text is {text_width} wide, not a multiple of the {TEXT_GROUPS} groups that "
-                "text_norm 'group' has; change text_channels."
-            )
+        check_fields(self)
