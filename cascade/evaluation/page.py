@@ -67,7 +67,7 @@ def side_by_side(
     The last column is the real picture, where the sets were drawn from captions of the source. A
     row in which one is missing isn't shown, nor is one that isn't scored.
     """
-    names = [", ".join(f"{key} {value}" for key, value in scored.about.items()) for scored in sets]
+    names = told_apart([scored.about for scored in sets])
     places = sets[0].places[:SHOWN]
     rows = []
     for i in range(min(SHOWN, *(scored.count for scored in sets))):
@@ -77,6 +77,17 @@ def side_by_side(
         if all(picture is not None for picture in row):
             rows.append((prompt, row))
     return names + (["real"] if places else []), rows
+
+
+def told_apart(sets: Sequence[Mapping[str, str]]) -> list[str]:
+    """What tells each of several sets from the others, in few words: "teacher, steps 64, ddim"."""
+    first = sets[0]
+    keys = [key for key in first if any(about[key] != first[key] for about in sets)] or first
+
+    def said(key, value):
+        return f"{key} {value}" if value[:1].isdigit() else value
+
+    return [", ".join(said(key, about[key]) for key in keys) for about in sets]
 
 
 def sheet(columns: Sequence[str], shown: Sequence[tuple[str, Sequence[np.ndarray]]]) -> np.ndarray:

@@ -14,7 +14,7 @@ from processes import cluster, run_processes
 from tiny_cascade import stage_config, trained
 
 from cascade.cli import main
-from cascade.evaluation import drawn, evaluate, job, record
+from cascade.evaluation import drawn, evaluate, job, page, record
 from cascade.evaluation.evaluate import Against, score_bundles, score_folders
 from cascade.evaluation.features import Extractor
 from cascade.evaluation.moments import Moments, frechet_distance
@@ -182,6 +182,15 @@ def test_captions_come_again_where_there_are_fewer(folder, tmp_path):
     taken = [next(told) for told in [begun.captions()] for _ in range(30)]
     assert [place for place, _ in taken] == [*range(24), *range(6)]
     assert len({caption for _, caption in taken}) == 24 and taken[0] == taken[24]
+
+
+def test_sets_are_told_apart_in_few_words():
+    sets = [
+        {"by": by, "guidance": "2", "steps": steps, "sampler": "ddim"}
+        for by, steps in (("teacher", "64/30"), ("student", "8/4"))
+    ]
+    assert page.told_apart(sets) == ["teacher, steps 64/30", "student, steps 8/4"]
+    assert page.told_apart(sets[:1]) == ["teacher, guidance 2, steps 64/30, ddim"]
 
 
 def test_larger_drawings_are_shrunk(folder, tmp_path):
