@@ -4,41 +4,31 @@
     python bench/few_steps.py --run runs/small_few --config configs/emoji/small_sr.py
 
 Of the base stage, captions of the training set are drawn by the teacher in 64, 32, … 1 steps of
-DDIM and of DPM-Solver++(2M), and by every student, all guided by the same weight, and compared with
-the set's own pictures by `cascade.evaluation`. Of the whole cascade the same is done for the
-teacher in 50/30 steps and for students in 8/4; seconds a picture are of this one run, the first
-batch, which compiles, left out. What is there already in `--out` is gone on with. Results go to
-bench/results/.
+DDIM and of DPM-Solver++(2M), and by every student that is there, all guided by the same weight, and
+compared with the set's own pictures as `cascade evaluate` does. Of the whole cascade the same is
+done for the teachers in 50/30 steps and for students of 8/4; seconds a picture are of this one run,
+the first batch, which compiles, left out. What is there already in `--out` is gone on with. Results
+go to bench/results/.
 
 Whatever follows changes the config: --config.data.eval_source.data_dir=elsewhere.
 """
 
-import hashlib
-import itertools
 import json
+import shlex
 import shutil
-from collections.abc import Iterator
+import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
-from cascade.evaluation import drawn, scores
-from cascade.evaluation.evaluate import Against, Job
+from cascade.evaluation.drawn import CPU_ROWS, Drawing, Setting
+from cascade.evaluation.evaluate import Against, score_drawings
 from cascade.files import write_whole
-from cascade.pipeline import load
 from cascade.training.export import bundle_runs
 
 RESULTS = Path(__file__).parent / "results"
-
-
-class Drawing(NamedTuple):
-    """Who draws, and how."""
-
-    artist: str
-    bundle: Path
-    setting: drawn.Setting
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -57,69 +47,65 @@ def main(
     run, config, out, num, whole, guidance, sr_guidance, slow_steps, fast_steps, name, overrides
 ):
     """Draws, scores and writes."""
-    base, sr = sorted(path.parent for path in run.glob("*/students"))
-    against = Against(config, out / "base", "train", overrides)
-    base_rows = scored(Job(against, num), base_drawings(base, guidance), num)
-    bundles = {"teacher": [base / "teacher", sr / "teacher"]}
-    bundles["students"] = [
-        stage / "students" / str(steps) for stage, steps in zip((base, sr), fast_steps, strict=True)
-    ]
-    for artist, stages in bundles.items():
-        bundle_runs(stages, out / artist, overwrite=True)
-    weights = (guidance, sr_guidance)
-    ways = [
-        Drawing("teacher", out / "teacher", drawn.Setting(weights, slow_steps, "ddim")),
-        Drawing("students", out / "students", drawn.Setting(weights, fast_steps, "ddim")),
-    ]
-    against = against._replace(out=out / "cascade")
-    whole_rows = scored(Job(against, whole), ways, whole)
-    slow, fast = (row["s/picture"] for row in whole_rows[:2])
-    faster = slow / fast if slow and fast else None  # one batch alone has compiled in its time
-    found = {"base": base_rows, "cascade": whole_rows, "times faster": faster}
+    stages = sorted(path.parent for path in run.glob("*/students"))
+    if not stages:
+        raise click.UsageError(f"{run} holds no students; distil first.")
+    parts = {"base": (num, of_base(stages[0], guidance))}
+    if len(stages) > 1:
+        weights = (guidance, sr_guidance)
+        parts["cascade"] = (whole, of_both(stages, out, weights, slow_steps, fast_steps))
+    found = {}
+    for part, (count, drawings) in parts.items():
+        against = Against(config, out / part, "train", overrides)
+        click.echo(score_drawings(against, drawings, num=count))
+        found[part] = keep(out / part, f"{name}-{part}")
+    plot(found["base"]).savefig(RESULTS / f"{name}.png", dpi=120)
+    if "cascade" in found and whole > CPU_ROWS:  # the first batch, which compiles, has no time
+        slow, fast = (row["s/picture"] for row in found["cascade"][:2])
+        found["times faster"] = slow / fast
+        click.echo(f"In {fast_steps} steps a picture takes {slow / fast:.1f} times less time.")
     write_whole(RESULTS / f"{name}.json", json.dumps(found, indent=1))
-    plot(base_rows).savefig(RESULTS / f"{name}.png", dpi=120)
-    for part in ("base", "cascade"):
-        shutil.copyfile(out / part / "metrics.md", RESULTS / f"{name}-{part}.md")
-        shutil.copyfile(out / part / "sheet.png", RESULTS / f"{name}-{part}.png")
-    if faster:
-        click.echo(f"In {fast_steps} steps a picture takes {faster:.1f} times less time.")
 
 
-def base_drawings(base: Path, guidance: float) -> Iterator[Drawing]:
-    """Every way in which the base stage is drawn with, the teacher's first."""
-    students = [path.name for path in (base / "students").iterdir() if path.name.isdigit()]
-    learnt = sorted(map(int, students), reverse=True)
-    for sampler, steps in itertools.product(("ddim", "dpmpp_2m"), (2 * learnt[0], *learnt)):
-        yield Drawing("teacher", base / "teacher", drawn.Setting(guidance, steps, sampler))
-    for steps in learnt:
-        folder = base / "students" / str(steps)
-        yield Drawing("student", folder, drawn.Setting(guidance, steps, "ddim"))
+def of_base(stage: Path, guidance: float) -> list[Drawing]:
+    """Every way in which a stage is drawn with, the teacher's first."""
+    learnt = [int(path.name) for path in (stage / "students").iterdir() if path.name.isdigit()]
+    learnt = sorted(learnt, reverse=True)
+    return [
+        *(
+            Drawing(stage / "teacher", Setting(guidance, steps, sampler), {"by": "teacher"})
+            for sampler in ("ddim", "dpmpp_2m")
+            for steps in (2 * learnt[0], *learnt)
+        ),
+        *(
+            Drawing(
+                stage / "students" / str(steps),
+                Setting(guidance, steps, "ddim"),
+                {"by": "student"},
+            )
+            for steps in learnt
+        ),
+    ]
 
 
-def scored(job: Job, drawings, num: int) -> list[dict]:
-    """Draws in every way and scores all together; the rows of `metrics.json`."""
-    drawings = list(drawings)
-    loaded, sets = None, []
-    for artist, bundle, setting in drawings:
-        if bundle != loaded:
-            loaded, pipe = bundle, load(bundle)
-        if not sets:
-            job.begin(pipe.stages[-1].config.resolution)
-            places, prompts = zip(*itertools.islice(job.captions(), num), strict=True)
-        about = {"by": artist, **setting.told(pipe)}
-        digest = hashlib.sha256((bundle / "cascade.json").read_bytes()).hexdigest()
-        record = job.record(
-            "_".join(value.replace("/", "-") for value in about.values()),
-            bundle=digest,
-            source=job.data.about,
-            seed=job.against.seed,
-            stages=setting.stages(pipe),
-        )
-        of_job = (job.against.seed, None, job.resolution, job.extractors)
-        drawn.measure(record, pipe, prompts, setting, *of_job, ", ".join(about.values()))
-        sets.append(scores.Scored(about, record, num, prompts, places))
-    click.echo(job.report(sets))
-    return json.loads((job.out / "metrics.json").read_text())["rows"]
+def of_both(stages, out: Path, weights, slow_steps, fast_steps) -> list[Drawing]:
+    """The teachers and two students, each bundled in `out`."""
+    fast = [stage / "students" / str(n) for stage, n in zip(stages, fast_steps, strict=True)]
+    bundle_runs([stage / "teacher" for stage in stages], out / "teachers", overwrite=True)
+    bundle_runs(fast, out / "students", overwrite=True)
+    return [
+        Drawing(out / "teachers", Setting(weights, slow_steps, "ddim"), {"by": "teachers"}),
+        Drawing(out / "students", Setting(weights, fast_steps, "ddim"), {"by": "students"}),
+    ]
+
+
+def keep(evaluation: Path, name: str) -> list[dict]:
+    """Copies an evaluation's table and pictures to the results; returns the table's rows."""
+    command = shlex.join(["python", "bench/few_steps.py", *sys.argv[1:]])
+    table = (evaluation / "metrics.md").read_text(encoding="utf-8")
+    write_whole(RESULTS / f"{name}.md", f"`{command}`\n\n{table}")
+    shutil.copyfile(evaluation / "sheet.png", RESULTS / f"{name}.png")
+    return json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))["rows"]
 
 
 def plot(rows: list[dict]) -> Figure:
@@ -131,7 +117,12 @@ def plot(rows: list[dict]) -> Figure:
         line = [row for row in told if (row["by"], row["sampler"]) == (artist, sampler)]
         steps = [int(row["steps"]) for row in line]
         distances = [row["FID-EffLite0"] for row in line]
-        axes.loglog(steps, distances, "o-", base=2, label=f"{artist}, {sampler}")
+        axes.loglog(steps, distances, "o-", label=f"{artist}, {sampler}")
+    ticks = sorted({int(row["steps"]) for row in told})
+    axes.set_xticks(ticks, [*map(str, ticks)])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("steps")
     axes.set_ylabel("FID-EffLite0")
     axes.legend()
