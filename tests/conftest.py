@@ -1,5 +1,6 @@
 """Shared by all tests: small configs, and eight fake devices for the sharding tests."""
 
+import functools
 import os
 import shutil
 import tempfile
@@ -12,9 +13,12 @@ from processes import QUICK
 # runs for as long as it takes to compile it well.
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {QUICK}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs that one test compiled serve the next, and the processes that tests start.
-COMPILED = tempfile.mkdtemp(prefix="cascade-xla-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+# Programs that one test compiled serve the next, the processes that tests start and pytest's other
+# workers, which inherit the folder.
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not IS_WORKER:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cascade-xla-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 # The first example of a property may compile; speed lives in bench/, not in tests.
 hypothesis.settings.register_profile("cascade", deadline=None, max_examples=50)
@@ -32,6 +36,20 @@ def smoke_config(tmp_path):
     return loaded
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """Trains on one device, as most users do: eight take longer where no law is about them."""
+    import jax
+
+    from cascade.parallel import mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        alone = functools.partial(mesh.make_mesh, devices=jax.devices()[:1])
+        patch.setattr(mesh, "make_mesh", alone)
+        yield
+
+
 def pytest_unconfigure():
     """Leaves nothing behind."""
-    shutil.rmtree(COMPILED, ignore_errors=True)
+    if not IS_WORKER:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

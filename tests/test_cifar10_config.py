@@ -66,6 +66,7 @@ def test_it_reads_what_the_command_writes(tmp_path, monkeypatch):
         assert Image.open(io.BytesIO(source[0]["image"])).size == (32, 32)
 
 
+@pytest.mark.slow  # other smoke versions do, of networks of the same parts
 def test_the_smoke_version_takes_a_step():
     loaded = config.load(f"{NAME}:smoke")
     stage, optimizer = Stage(loaded.stage), make_optimizer(loaded.train)

@@ -26,7 +26,7 @@ def tiny_distillation(
     train = config.train
     train.steps = train.learning_rate.decay_steps = config.distill.updates_last = updates
     train.learning_rate.peak, train.batch_size = 3e-3, 8
-    train.log_every, train.checkpoint_every = 1, 2
+    train.log_every, train.checkpoint_every = 1, 4
     train.eval_every = train.sample_every = 0
     config.text_cache.folder = str(folder / "text_cache")
     return config

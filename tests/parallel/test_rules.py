@@ -51,18 +51,19 @@ def assert_close(one, other, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(a).max(), 1e-3))
 
 
-@pytest.mark.parametrize("shape", [(8, 0), (16, 8)])
-def test_sharded_equals_unsharded(shape, monkeypatch):
+# test_layout.py has a step that is told of its mesh, as trainings take it.
+@pytest.mark.parametrize(("data", "fsdp"), [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4)])
+@pytest.mark.parametrize("shape", [pytest.param((8, 0), marks=pytest.mark.slow), (16, 8)])
+def test_sharded_equals_unsharded(shape, data, fsdp, monkeypatch):
     monkeypatch.setattr(rules, "SMALLEST_SHARDED", 256)  # so that a tiny network is sharded at all
     stage = trained(stage_config(*shape))
     alone = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     loss, params, _ = one_update(stage, alone)
-    for data, fsdp in ((8, 1), (2, 4)):
-        mesh = make_mesh(data=data, fsdp=fsdp, tensor=1)
-        other_loss, other_params, sharded = one_update(stage, mesh)
-        assert (sharded > 0) == (fsdp > 1)
-        assert other_loss == pytest.approx(loss, rel=1e-5)
-        assert_close(params, other_params, 1e-5)
+    mesh = make_mesh(data=data, fsdp=fsdp, tensor=1)
+    other_loss, other_params, sharded = one_update(stage, mesh)
+    assert (sharded > 0) == (fsdp > 1)
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    assert_close(params, other_params, 1e-5)
 
 
 def test_a_rule_that_doesnt_fit_is_passed_over():

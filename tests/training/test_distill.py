@@ -24,9 +24,11 @@ from cascade.training import metrics
 from cascade.training.distill import distill, distill_cascade
 from cascade.training.observe import Observer
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def straight(one_device, tmp_path_factory):
     """(config, its folder): distilled without a break, guidance first, then 4 → 2 → 1."""
     folder = tmp_path_factory.mktemp("distill")
     config = tiny_distillation(folder, guidance=(1.0, 6.0), updates=10)
