@@ -11,8 +11,9 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from processes import QUICK
-from tiny_cascade import stage_config, trained
+from tiny_cascade import stage_config, tiny_experiment, trained
 
+from cascade.config import to_json
 from cascade.pipeline import Cascade
 from cascade.text.encoders import minilm
 
@@ -25,6 +26,7 @@ ENVIRONMENT = {
     "HF_TOKEN": "",
     "HUGGING_FACE_HUB_TOKEN": "",
     "HF_HOME": "no-such-folder",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",  # kernels compile the same
 }
 
 
@@ -90,6 +92,35 @@ def test_inference(execute, tiny_bundle, tmp_path):
     assert (tmp_path / "pictures" / "mine.png").is_file()
 
 
+def config_file(path, resolution, lowres):
+    """Writes a config of a tiny stage, twice as large as the notebook makes it on a CPU."""
+    config = tiny_experiment()
+    config.stage = stage_config(resolution, lowres, text_width=384, text_length=8)
+    config.text.max_length = 8
+    config.train.batch_size = 4
+    told = f"def get_config(arg=''):\n    return from_json({to_json(config)!r})\n"
+    path.write_text(f"from cascade.config import from_json\n\n\n{told}", encoding="utf-8")
+    return str(path)
+
+
+def test_train_your_own_then_distill(execute, tmp_path):
+    files = config_file(tmp_path / "base.py", 16, 0), config_file(tmp_path / "sr.py", 32, 16)
+    shown = execute("train_your_own.ipynb", CONFIGS=files, STEPS=(2, 1))
+    assert "12 pictures" in said(shown["pictures"])
+    assert "text → 8: 2 steps" in said(shown["config"]) and "8 → 16:" in said(shown["config"])
+    for cell in ("pictures", "base", "progress", "sr", "draw"):
+        assert pictures(shown[cell]) == 1, cell
+    assert (tmp_path / "cascade-mine" / "bundle" / "cascade.json").is_file()
+
+    few = {"START_STEPS": 2, "END_STEPS": 1, "UPDATES": 2, "PROMPTS": ["a red apple"]}
+    shown = execute("distill.ipynb", **few)
+    for cell in ("distill", "compare"):
+        assert pictures(shown[cell]) == 1, cell
+    # The teacher with many steps and with few, the guided student, and the last one.
+    assert said(shown["compare"]).count("s a picture") == 4
+    assert (tmp_path / "cascade-mine/few/students/1/cascade.json").is_file()
+
+
 def test_import_deepfloyd_does_nothing_without_a_token(execute, tmp_path):
     shown = execute("import_deepfloyd.ipynb")
     (sentence,) = [said(outputs).strip() for outputs in shown.values() if outputs]
@@ -112,3 +143,8 @@ def test_they_are_in_good_order(path):
         for other in NOTEBOOKS
     }
     assert install.count("pip install") == 1 and len(addresses) == 1
+    # The README's badges open notebooks that are there, at that address.
+    opened = r"colab\.research\.google\.com/github/([^/]+/[^/]+)/blob/main/colabs/([^)]+)"
+    readme = (COLABS.parent / "README.md").read_text(encoding="utf-8")
+    for repository, name in re.findall(opened, readme):
+        assert addresses == {f"https://github.com/{repository}"} and (COLABS / name) in NOTEBOOKS
