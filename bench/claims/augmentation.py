@@ -1,7 +1,8 @@
 """Does noise on a super-resolution stage's input help a cascade? (Saharia et al. 2022)
 
-    python bench/claims/augmentation.py --base runs/small_base            # the claim
-    python bench/claims/augmentation.py --base runs/small_base --steps 600 --num 48   # on a CPU
+    python bench/claims/augmentation.py --base runs/small_base
+    python bench/claims/augmentation.py --base runs/small_base --steps 500 --num 32 \\
+      --config.stage.sampling.steps=6                                               # on a CPU
 
 Two super-resolution stages are trained alike, one with noise conditioning augmentation and one on
 clean input. Both enlarge real pictures, shrunk, and what the base stage drew for the same captions,
@@ -12,10 +13,8 @@ Whatever follows changes the config: --config.data.source.data_dir=elsewhere.
 """
 
 import itertools
-from pathlib import Path
 
-import click
-from experiment import Judge, cascade_of, pictures, report, trained
+from experiment import Judge, cascade_of, command, drawn, enlarged, pictures, report, trained
 
 from cascade import config as configs
 
@@ -23,13 +22,7 @@ CLEAN = {"name": "cosine", "logsnr_min": 19.9, "logsnr_max": 20.0}
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.5)
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
-@click.option("--base", required=True, type=Path, help="A run or a bundle of the base stage.")
-@click.option("--config", default="configs/emoji/small_sr.py", show_default=True)
-@click.option("--steps", default=5000, show_default=True, help="Of training, each.")
-@click.option("--num", default=1000, show_default=True, help="Pictures of each kind.")
-@click.option("--out", default="runs/claims/augmentation", type=Path, show_default=True)
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@command("configs/emoji/small_sr.py", 5000, out="runs/claims/augmentation")
 def main(base, config, steps, num, out, overrides):
     """Trains, draws, compares."""
     loaded = configs.load(config, overrides)
@@ -41,12 +34,12 @@ def main(base, config, steps, num, out, overrides):
     real = pictures(loaded, loaded.stage.resolution, num)
     judge = Judge(real)
     inputs = {"real": real.images}  # which `upscale` shrinks as training did
-    inputs["drawn"] = cascade_of([base])(real.captions, seed=0)
+    inputs["drawn"] = drawn(cascade_of([base]), real.captions)
     rows = []
     for (name, run), (kind, lowres) in itertools.product(runs.items(), inputs.items()):
         pipe = cascade_of([base, run])
         for level in LEVELS if name == "with" else LEVELS[:1]:
-            images = pipe.upscale(lowres, real.captions, aug_level=level)
+            images = enlarged(pipe, real, lowres, aug_level=level)
             row = {"augmentation": name, "input": kind, "level": level, "pictures": len(images)}
             rows.append(row | judge(images, real.captions))
     report("augmentation", rows, f"Super-resolution stages of {steps} steps each.")

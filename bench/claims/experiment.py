@@ -4,10 +4,11 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import numpy as np
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from cascade.bundle import TrainedStage
 from cascade.data.loader import make_source
 from cascade.data.preprocess import Preprocess, colour
 from cascade.evaluation import scores
+from cascade.evaluation.drawn import at_once
 from cascade.evaluation.features import efficientnet_lite0
 from cascade.evaluation.retrieval import among, direction, ranks
 from cascade.files import write_whole
@@ -30,6 +32,40 @@ from cascade.training.train import train
 RESULTS = Path(__file__).parents[1] / "results"
 
 
+def command(config: str, steps: int, *, base: bool = True, out: str = "") -> Callable:
+    """Makes a claim's `main(config, steps, num, overrides)` a command.
+
+    Args:
+      config: the one whose stage is looked at, where no other is named.
+      steps: of training each stage, or, where nothing is trained, of drawing.
+      base: it takes `--base`, a trained base stage.
+      out: it takes `--out`, a folder for what it trains, here by default.
+    """
+    options = [
+        click.option("--config", default=config, show_default=True),
+        click.option(
+            "--steps",
+            default=steps,
+            show_default=True,
+            help="Of training, each." if out else "Of drawing.",
+        ),
+        click.option("--num", default=1000, show_default=True, help="Pictures of each, at most."),
+        click.argument("overrides", nargs=-1, type=click.UNPROCESSED),
+    ]
+    if base:
+        said = "A run or a bundle of the base stage."
+        options.insert(0, click.option("--base", required=True, type=Path, help=said))
+    if out:
+        options.append(click.option("--out", default=out, type=Path, show_default=True))
+
+    def decorate(main: Callable) -> click.Command:
+        for option in reversed(options):
+            main = option(main)
+        return click.command(context_settings={"ignore_unknown_options": True})(main)
+
+    return decorate
+
+
 class Pictures(NamedTuple):
     """Pictures uint8 [N, S, S, 3], and what each shows."""
 
@@ -37,12 +73,17 @@ class Pictures(NamedTuple):
     captions: list[str]
 
 
-def pictures(config, side: int, count: int) -> Pictures:
-    """So many of a config's training pictures, any, with their plainest captions."""
+def pictures(config, side: int, count: int, scenes: bool = True) -> Pictures:
+    """So many of a config's training pictures, any, or all, with their plainest captions.
+
+    Args:
+      scenes: those of several drawings too.
+    """
     source = make_source(config.data, train=True)
-    order = np.random.default_rng(0).permutation(len(source))[:count]
     shrink = Preprocess(side, colour(config.data.ground), **config.data.filter)
-    records = [source[int(i)] for i in order]
+    taken = (source[int(i)] for i in np.random.default_rng(0).permutation(len(source)))
+    kept = (record for record in taken if scenes or not record.get("scene"))
+    records = list(itertools.islice(kept, count))
     images = np.stack([shrink(record["image"]) for record in tqdm(records, "real pictures")])
     return Pictures(images, [record["captions"][0] for record in records])
 
@@ -84,6 +125,16 @@ def cascade_of(folders: Sequence[Path], **sampling: Any) -> Cascade:
     return Cascade(stages, read[0].text, encoder)
 
 
+def drawn(pipe: Cascade, prompts: Sequence[str], **how: Any) -> np.ndarray:
+    """A picture a prompt, in batches as `cascade evaluate` draws them."""
+    return pipe(prompts, seed=0, batch_size=at_once(pipe), **how)
+
+
+def enlarged(pipe: Cascade, real: Pictures, lowres: np.ndarray, **how: Any) -> np.ndarray:
+    """What a cascade's second stage makes of pictures of the same captions, likewise."""
+    return pipe.upscale(lowres, real.captions, batch_size=at_once(pipe), **how)
+
+
 class Judge:
     """Compares pictures with real ones, by EfficientNet-Lite0's features."""
 
@@ -95,10 +146,10 @@ class Judge:
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, float | None]:
         """Distances, and the share of pictures that are nearest to the drawing that is named."""
-        drawn = self.extractor.all_of(images)
-        rank = ranks(direction(drawn), prompts, direction(self.known), self.names)
-        found = {f"top-{k}": among(rank, k) for k in scores.BEST}
-        return self.reference.compare(drawn)[0] | found
+        found = self.extractor.all_of(images)
+        rank = ranks(direction(found), prompts, direction(self.known), self.names)
+        best = {f"top-{k}": among(rank, k) for k in scores.BEST}
+        return self.reference.compare(found)[0] | best
 
 
 def report(name: str, rows: Sequence[Mapping[str, Any]], said: str):

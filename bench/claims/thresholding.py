@@ -1,7 +1,7 @@
 """Dynamic against static thresholding over guidance weights 1 … 15 (Saharia et al. 2022).
 
     python bench/claims/thresholding.py --base runs/small_base
-    python bench/claims/thresholding.py --base runs/small_base --num 64     # on a CPU
+    python bench/claims/thresholding.py --base runs/small_base --num 64 --steps 25   # on a CPU
 
 The base stage draws the same captions with the same noise, clipped at [-1, 1] or at a percentile of
 each picture's own values, which it is then divided by. The paper finds that dynamic thresholding
@@ -11,10 +11,7 @@ score; here it is over retrieval, the share of pictures nearest to the drawing t
 Whatever follows changes the config: --config.data.source.data_dir=elsewhere.
 """
 
-from pathlib import Path
-
-import click
-from experiment import RESULTS, Judge, cascade_of, pictures, report
+from experiment import RESULTS, Judge, cascade_of, command, drawn, pictures, report
 from matplotlib.figure import Figure
 
 from cascade import config as configs
@@ -26,12 +23,7 @@ THRESHOLDS = {
 }
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
-@click.option("--base", required=True, type=Path, help="A run or a bundle of the base stage.")
-@click.option("--config", default="configs/emoji/small_base.py", show_default=True)
-@click.option("--steps", default=30, show_default=True, help="Of drawing.")
-@click.option("--num", default=1000, show_default=True, help="Pictures, each way.")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@command("configs/emoji/small_base.py", 30)
 def main(base, config, steps, num, overrides):
     """Draws, compares, plots."""
     loaded = configs.load(config, overrides)
@@ -41,7 +33,7 @@ def main(base, config, steps, num, overrides):
     for name, threshold in THRESHOLDS.items():
         pipe = cascade_of([base], threshold=threshold)
         for weight in WEIGHTS:
-            images = pipe(real.captions, seed=0, steps=steps, guidance=weight)
+            images = drawn(pipe, real.captions, steps=steps, guidance=weight)
             saturated = ((images == 0) | (images == 255)).mean()
             row = {"threshold": name, "guidance": weight, "pictures": len(images)}
             found = judge(images, real.captions)
