@@ -50,7 +50,7 @@ def train(data, place, steps):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(one_device, tmp_path_factory):
     """A folder with data, and a run of one step on it."""
     place = tmp_path_factory.mktemp("trained")
     (place / "pictures").mkdir()
