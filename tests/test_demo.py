@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from one_level import ONE_LEVEL
 
 from cascade import config, demo
 from cascade.configs import smoke
@@ -13,15 +14,18 @@ from cascade.errors import UserError
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Networks of a few channels, four training steps, one sampling step."""
+def quick(one_device, monkeypatch):
+    """Networks of one level and a few channels, of pictures half the size; four training steps,
+    one sampling step."""
     full_size = demo.experiment
 
     def shrunken(stage, workdir, minutes):
         loaded = full_size(stage, workdir, minutes)
-        resolutions = {k: loaded.stage[k] for k in ("resolution", "lowres_resolution")}
+        halved = {k: loaded.stage[k] // 2 for k in ("resolution", "lowres_resolution")}
         smoke.shrink_stage(loaded.stage)
-        loaded.stage.update(resolutions)
+        loaded.stage.update(halved)
+        level = {key.removeprefix("stage.network."): value for key, value in ONE_LEVEL.items()}
+        loaded.stage.network.update({**level, "strides": (2,)})
         loaded.stage.crop_resolution = 32 if loaded.stage.lowres_resolution else 0
         loaded.stage.sampling.steps = 1
         loaded.train.steps, loaded.train.batch_size, loaded.train.log_every = 4, 8, 2
