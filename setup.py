@@ -83,6 +83,8 @@ setup(
             "**/*.txt",
             "**/*.tsv",
             "**/*.html",
+            "shipped/*",
+            "shipped/tokenizer/*",
             "**/LICENSE*",
             "**/NOTICE*",
         ]

@@ -1,6 +1,6 @@
 """An open Imagen in JAX: a text-to-image cascade of diffusion models.
 
-pipe = cascade.load("my-bundle")
+pipe = cascade.load()                                   # or a bundle's folder
 images = pipe("a red apple", num_images=4, seed=0)      # uint8 [4, H, W, 3]
 """
 

@@ -30,6 +30,7 @@ from cascade.text.encoders import ENCODERS, TextEncoder
 
 PLACE = {"kind": "bundle", "mark": "cascade.json"}  # as `cascade.files` asks for it
 WEIGHTS = "text_encoder"
+SHIPPED = Path(__file__).with_name("shipped")  # the one that comes with the package
 SHARD_BYTES = 16_000_000  # the usual limit of code hosts and mail is above this
 
 

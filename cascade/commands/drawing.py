@@ -9,7 +9,9 @@ def drawing_options(command):
     """The options that `sample` and `upscale` share."""
     for option in reversed(
         [
-            click.option("--bundle", required=True, help="A bundle's folder."),
+            click.option(
+                "--bundle", help="A bundle's folder. [default: the one that comes with the package]"
+            ),
             click.option(
                 "--text-weights",
                 default="",
@@ -102,9 +104,11 @@ def sample(bundle, prompt, num, out, mesh, coordinator, processes, process, **op
     Example: cascade sample --bundle my-bundle --prompt "a red apple" --steps 50,30 --guidance 5,2
     """
     options["mesh"] = joined(mesh, coordinator, processes, process)
+    from cascade.bundle import SHIPPED
     from cascade.sample import sample_to_folder
 
-    for path in sample_to_folder(bundle, list(prompt), out, num_images=num, **options):
+    folder = SHIPPED if bundle is None else bundle
+    for path in sample_to_folder(folder, list(prompt), out, num_images=num, **options):
         click.echo(path)
 
 
@@ -120,10 +124,12 @@ def upscale(bundle, image, out, mesh, coordinator, processes, process, **options
     Example: cascade upscale --bundle my-bundle --image photo.png --prompt "a cat" --out big.png
     """
     options["mesh"] = joined(mesh, coordinator, processes, process)
+    from cascade.bundle import SHIPPED
     from cascade.parallel.roll import is_first
     from cascade.sample import upscale_to_file
 
-    written = upscale_to_file(bundle, image, out, **options)
+    folder = SHIPPED if bundle is None else bundle
+    written = upscale_to_file(folder, image, out, **options)
     if is_first():
         click.echo(written)
 

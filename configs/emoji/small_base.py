@@ -6,6 +6,10 @@ was, and with text that names one drawing of few, what is to be learnt is which.
 
     cascade data build emoji --variant small --out data/emoji
     cascade train --config configs/emoji/small_base.py --workdir runs/small_base
+
+The teacher of the bundle that comes with the package: 12,000 updates of 16 in 2 h 9 min on one core
+of two (AMD EPYC), the other one busy; training loss 0.0233, of held-out scenes 0.0194.
+cascade/shipped/README.md says what came of it.
 """
 
 from ml_collections import ConfigDict

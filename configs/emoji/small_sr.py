@@ -1,6 +1,9 @@
 """The 64 → 256 stage above `small_base.py`, trained on 64² crops.
 
-cascade train --config configs/emoji/small_sr.py --workdir runs/small_sr
+    cascade train --config configs/emoji/small_sr.py --workdir runs/small_sr
+
+The teacher of the bundle that comes with the package: 5,000 updates of 16 in 31 min on one core of
+two (AMD EPYC), the other one busy; training loss 0.0082, of held-out scenes 0.0137.
 """
 
 from ml_collections import ConfigDict
