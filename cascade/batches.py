@@ -100,7 +100,8 @@ def draw(
             indices = split((request.first_index + take).astype(np.uint32))
             drawn = []
             for i in stages:
-                bar.set_description(f"stage {i}, {sizes[i][1]}×{sizes[i][0]}")
+                compiles = "" if start else " (compiling, unless it was before)"
+                bar.set_description(f"stage {i}, {sizes[i][1]}×{sizes[i][0]}{compiles}")
                 keys = picture_keys(np.uint32(request.seed), indices, np.uint32(i))
                 pictures = _draw(trained[i], i, text, null, pictures, keys, settings[i], sizes[i])
                 drawn.append(pictures)

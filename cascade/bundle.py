@@ -205,9 +205,8 @@ def load_bundle(
     Raises:
       UserError: anything is missing, damaged, foreign, untrained or doesn't fit, by name.
     """
-    folder = Path(folder)
     contents = _contents(folder)
-    text = contents["text"]
+    text, folder = contents["text"], Path(folder)
     if text_encoder is None:
         section = encoder_section(folder, text, text_weights)
         text_encoder = build("text encoder", ENCODERS, section)
@@ -236,15 +235,17 @@ def load_stages(
     Raises:
       UserError: as `load_bundle`.
     """
-    folder = Path(folder)
     contents = _contents(folder)
-    stages = _load_stages(folder, contents, mesh, rules)
+    stages = _load_stages(Path(folder), contents, mesh, rules)
     check_chain(stages)
     return stages, contents["text"]
 
 
-def _contents(folder: Path) -> dict[str, Any]:
+def _contents(folder: str | os.PathLike) -> dict[str, Any]:
     """What cascade.json holds, its text entry and the tokenizer's files checked."""
+    if not os.fspath(folder):  # as an unset variable of a shell gives it
+        raise UserError("The bundle's name is empty; give the folder of one.")
+    folder = Path(folder)
     contents = manifest.read(folder)
     types = {"section": dict, "fingerprint": str, "files": list, "weights": list}
     text = manifest.fields("text", contents["text"], types)

@@ -85,7 +85,8 @@ class OneSentence(click.Group):
 def main():
     """Text-to-image cascades in JAX: build data, train, bundle, draw.
 
-    Start with `cascade demo`: it does all of these, small, in about 15 minutes on two CPU cores.
+    Start with `cascade sample --prompt "a red apple"`, which draws with a small cascade that is in
+    the package. `cascade demo` makes one from nothing, in about 15 minutes on two CPU cores.
     """
     # What was compiled once is read the next time; jax looks at this when it is imported.
     compiled = pathlib.Path.home() / ".cache" / "cascade" / "xla"

@@ -31,7 +31,7 @@ from cascade.text.between import Between
 
 
 def load(
-    folder: str | os.PathLike = bundle.SHIPPED,
+    folder: str | os.PathLike | None = None,
     text_encoder=None,
     text_weights: str = "",
     mesh: Mesh | None = None,
@@ -39,8 +39,8 @@ def load(
     """Reads a bundle, checks it, and makes it ready to draw.
 
     Args:
-      folder: a folder that `cascade bundle` or `Cascade.save` wrote; that of the bundle which comes
-        with the package, where none is given.
+      folder: a folder that `cascade bundle` or `Cascade.save` wrote; None is the bundle that comes
+        with the package.
       text_encoder, text_weights: see `cascade.bundle.load_bundle`.
       mesh: the devices to draw on, as `Cascade` takes it. Weights go straight to them, and a
         host holds no more than one tensor at a time.
@@ -48,6 +48,7 @@ def load(
     Raises:
       UserError: the bundle is damaged, untrained or doesn't fit together, on any process.
     """
+    folder = bundle.SHIPPED if folder is None else folder
     mesh = mesh or all_devices()
     read = functools.partial(bundle.load_bundle, folder, text_encoder, text_weights, mesh)
     return Cascade(*on_all_processes(read, mesh), mesh)

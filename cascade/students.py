@@ -18,7 +18,7 @@ def check_drawing(stage: Mapping, sampling: Mapping):
     """Checks that a stage can be drawn with so.
 
     Args:
-      stage: its section, of which `distilled` and `network` are looked at.
+      stage: its section, of which `resolution`, `distilled` and `network` are looked at.
       sampling: a `sampling` section, its own or one with a caller's changes.
 
     Raises:
@@ -32,10 +32,11 @@ def check_drawing(stage: Mapping, sampling: Mapping):
             f"stage.distilled.guidance is {guidance}; a network embeds the weights that guided "
             "distillation taught it, and no others."
         )
+    name = f"The stage of {stage['resolution']}×{stage['resolution']} pixels"
     if steps:
-        _check_steps(steps, sampling)
+        _check_steps(name, steps, sampling)
     if guidance:
-        _check_guidance(guidance, sampling)
+        _check_guidance(name, guidance, sampling)
 
 
 def check_range(what: str, guidance: tuple):
@@ -64,34 +65,33 @@ def check_negative_prompt(stages: Iterable, negative_prompt: str):
             )
 
 
-def _check_steps(steps: int, sampling: Mapping):
+def _check_steps(name: str, steps: int, sampling: Mapping):
     if sampling["steps"] != steps:
         raise UserError(
-            f"This stage of the cascade was distilled to draw in {steps} steps and is asked for "
-            f"{sampling['steps']}; leave the steps as they are, or draw with another student or "
-            "the teacher."
+            f"{name} was distilled to draw in {steps} steps and is asked for {sampling['steps']}; "
+            "leave the steps as they are, or draw with another student or the teacher."
         )
     if sampling["sampler"]["name"] not in SAMPLERS:
         raise UserError(
-            f"A stage that was distilled to {steps} steps can't be drawn with by the sampler "
+            f"{name} was distilled to {steps} steps and can't be drawn with by the sampler "
             f"{sampling['sampler']['name']!r}; choose from {', '.join(SAMPLERS)}."
         )
     if sampling["spacing"]["name"] != SPACING or sampling["searched"]:
         raise UserError(
-            f"A stage that was distilled to {steps} steps knows evenly spaced times alone; set "
+            f"{name} was distilled to {steps} steps and knows evenly spaced times alone; set "
             f"sampling.spacing to {SPACING!r} and sampling.searched to ()."
         )
 
 
-def _check_guidance(guidance: tuple, sampling: Mapping):
+def _check_guidance(name: str, guidance: tuple, sampling: Mapping):
     low, high = guidance
     if not low <= sampling["guidance"] <= high:
         raise UserError(
-            f"This stage of the cascade learnt guidance weights from {low:g} to {high:g} and is "
-            f"asked for {sampling['guidance']:g}; give one of those."
+            f"{name} learnt guidance weights from {low:g} to {high:g} and is asked for "
+            f"{sampling['guidance']:g}; give it one of those, with others a stage each, as in 3,1."
         )
     if sampling["guidance_schedule"]["name"] != "constant" or sampling["rescale"]:
         raise UserError(
-            "Guidance was distilled into this stage, the same at every step and as it comes; set "
+            f"{name} had guidance distilled into it, the same at every step and as it comes; set "
             "sampling.guidance_schedule to 'constant' and sampling.rescale to 0."
         )

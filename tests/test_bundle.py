@@ -342,6 +342,13 @@ def test_weights_of_another_network_are_not_saved(stages, tmp_path):
 # ------------------------------------------------------------------------------- overwriting
 
 
+@pytest.mark.parametrize("load", [bundle.load_bundle, bundle.load_stages])
+def test_a_bundle_without_a_name(load):
+    """As an unset variable of a shell gives it: not the current folder."""
+    with pytest.raises(UserError, match="name is empty"):
+        load("")
+
+
 def test_nothing_is_overwritten_unasked(folder, stages):
     with pytest.raises(UserError, match="already holds"):
         bundle.save_bundle(folder, stages, TEXT, WordEncoder())

@@ -101,7 +101,10 @@ def sample(bundle, prompt, num, out, mesh, coordinator, processes, process, **op
     Several processes, each started with the same command, draw together and each write a part of
     the pictures; docs/drawing_at_scale.md says how.
 
-    Example: cascade sample --bundle my-bundle --prompt "a red apple" --steps 50,30 --guidance 5,2
+    Example: cascade sample --prompt "a red apple" --num 4 --out out
+
+    With a bundle of your own: cascade sample --bundle my-bundle --prompt "a red apple" --steps
+    50,30 --guidance 5,2
     """
     options["mesh"] = joined(mesh, coordinator, processes, process)
     from cascade.bundle import SHIPPED
@@ -121,7 +124,7 @@ def sample(bundle, prompt, num, out, mesh, coordinator, processes, process, **op
 def upscale(bundle, image, out, mesh, coordinator, processes, process, **options):
     """Enlarge a picture with a super-resolution stage.
 
-    Example: cascade upscale --bundle my-bundle --image photo.png --prompt "a cat" --out big.png
+    Example: cascade upscale --image photo.png --prompt "a cat" --out big.png
     """
     options["mesh"] = joined(mesh, coordinator, processes, process)
     from cascade.bundle import SHIPPED

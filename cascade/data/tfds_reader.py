@@ -24,9 +24,11 @@ class Tfds:
                 dataset, data_dir=os.path.expanduser(data_dir)
             )
         except (library.core.DatasetNotFoundError, OSError) as error:
+            name, _, variant = dataset.partition("/")
+            chosen = f" --variant {variant}" if name == "emoji" and variant else ""
             raise UserError(
-                f"There is no data set {dataset!r} in {data_dir!r}; prepare it, as with "
-                f"`cascade data build emoji --out {data_dir}`, or correct `dataset` and `data_dir`."
+                f"There is no data set {dataset!r} in {data_dir!r}; prepare it, as with `cascade "
+                f"data build emoji{chosen} --out {data_dir}`, or correct `dataset` and `data_dir`."
             ) from error
         try:
             template.format("")

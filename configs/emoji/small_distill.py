@@ -1,4 +1,4 @@
-"""The small cascade in a few steps: guidance folded into both stages, then halvings 64 → 1.
+"""The small cascade in a few steps: guidance folded in, then halvings 64 → 1 and 32 → 1.
 
     cascade train --config configs/emoji/small_base.py --workdir runs/small_base
     cascade train --config configs/emoji/small_sr.py --workdir runs/small_sr
@@ -7,8 +7,8 @@
     cascade bundle --stages runs/small_few/base/students/8 runs/small_few/sr/students/4 \\
         --dtype bfloat16 --out few
 
-What the last command makes comes with the package. All students, 64 → 1, took 33 min for the base
-stage and 31 min for the other, each on one core of two (AMD EPYC), compiling left out;
+What the last command makes comes with the package. All students took 33 min for the base stage
+and 31 min for the other, each on one core of two (AMD EPYC), compiling left out;
 bench/results/few-steps-base.md has what they draw.
 
 One stage alone is `configs/emoji/small_distill.py:base` or `:sr`, and `:smoke` shrinks either.

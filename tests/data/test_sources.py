@@ -235,6 +235,7 @@ def test_tfds_refusals(tmp_path):
     for key, value, what in (
         ("dataset", "emojis", "no data set 'emojis'"),
         ("data_dir", str(tmp_path / "no"), "no data set"),
+        ("dataset", "emoji/small", "build emoji --variant small --out"),
         ("split", "test", "no split 'test'.*heldout, train"),
         ("image_key", "picture", "no picture feature 'picture'; choose from image"),
         ("image_key", "captions", r"no picture feature 'captions'; that is Text\(.*from image"),

@@ -337,6 +337,7 @@ def said(*arguments):
         (["--pictures", "none"], "There is no folder"),
         (["--bundle", "real"], "cascade.json"),
         (["--bundle", "bundle", "--num", "3"], "at least 10"),
+        (["--bundle", "bundle", "--batch-size", "0"], "--batch-size is 0"),
         (["--bundle", "bundle", "--real", "99"], "fewer than 99"),
         (["--bundle", "bundle", "--steps", "2,x"], "isn't a list of ints"),
         (["--bundle", "bundle", "--steps", "2/2"], "steps has 2 values and one stage"),
