@@ -334,11 +334,6 @@ def test_a_cascade_draws_in_tiles(pipe):
     np.testing.assert_array_equal(enlarged, tiled)
 
 
-def test_no_bundle_comes_with_the_package_yet():
-    with pytest.raises(UserError, match="yet"):
-        cascade.load()
-
-
 def test_stages_that_do_not_fit_or_were_not_trained(stages):
     base, doubling = stages
     for stages, message in [

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from cascade.data.record_files import to_example, write_file
-from cascade.evaluation import evaluate, pictures
+from cascade.errors import UserError
+from cascade.evaluation import pictures
+from cascade.evaluation.job import first_caption
 from cascade.images import save_png
 
 
@@ -34,19 +36,19 @@ def test_hidden_files_are_no_pictures(folder, tmp_path):
 def test_a_configs_splits():
     """The held-out one by default, limits and ground as the config has them."""
     spec = "configs/emoji/base64.py:smoke"
-    data = evaluate.open_data(spec, "heldout", ["--config.data.ground=#000000"])
-    assert data.about != evaluate.open_data(spec, "heldout").about
+    data = pictures.open_data(spec, "heldout", ["--config.data.ground=#000000"])
+    assert data.about != pictures.open_data(spec, "heldout").about
     assert data.ground == (0, 0, 0) and len(data.source) == data.about["records"]
-    train = evaluate.open_data(spec, "train", ["--config.data.source.records=9"])
+    train = pictures.open_data(spec, "train", ["--config.data.source.records=9"])
     assert len(train.source) == 9 and train.about != data.about
-    with pytest.raises(evaluate.UserError, match="Unknown split"):
-        evaluate.open_data(spec, "test")
+    with pytest.raises(UserError, match="Unknown split"):
+        pictures.open_data(spec, "test")
 
 
 def test_record_files_are_a_source(folder, tmp_path):
     picture = (folder / "real" / "00.png").read_bytes()
     examples = [to_example({"image": picture, "captions": [f"thing {i}", "another"]}) for i in "ab"]
     write_file(tmp_path / "x-00000.array_record", examples)
-    data = evaluate.open_data(str(tmp_path / "*.array_record"))
-    assert [evaluate.first_caption(data, i) for i in range(2)] == ["thing a", "thing b"]
+    data = pictures.open_data(str(tmp_path / "*.array_record"))
+    assert [first_caption(data, i) for i in range(2)] == ["thing a", "thing b"]
     assert data.preprocess(16)(data.source[1]["image"]).shape == (16, 16, 3)
