@@ -20,8 +20,8 @@ import numpy as np
 
 from cascade.bundle import SHIPPED
 from cascade.commands.parameters import Numbers
-from cascade.data.emoji.builder import DEFAULTS, make_record, plan
-from cascade.data.preprocess import Preprocess, colour, resized
+from cascade.data.emoji.builder import single_drawings
+from cascade.data.preprocess import resized
 from cascade.evaluation import scores
 from cascade.evaluation.features import efficientnet_lite0
 from cascade.evaluation.retrieval import among, direction, nearest, ranks
@@ -44,7 +44,7 @@ def main(bundle, guidance, batch_size, name):
     with open(NEW_WORDS, encoding="utf-8") as file:
         asked = list(csv.DictReader(file, delimiter="\t"))
     pipe, extractor = load(bundle), efficientnet_lite0(all_devices())
-    known, names = drawings(pipe.stages[-1].config.resolution)
+    known, names = single_drawings("small", pipe.stages[-1].config.resolution)
     prompts = [row["prompt"] for row in asked] + names
     meant = [row["caption"] for row in asked] + names
     images = pipe(prompts, guidance=guidance, batch_size=batch_size)
@@ -73,15 +73,6 @@ def main(bundle, guidance, batch_size, name):
 def small(pictures: np.ndarray) -> np.ndarray:
     """uint8 [N, S, S, 3] shrunk by area to [N, 64, 64, 3]."""
     return np.stack([resized(picture, 64, 64) for picture in pictures])
-
-
-def drawings(side: int) -> tuple[np.ndarray, list[str]]:
-    """All of `emoji/small` on white, uint8 [N, side, side, 3], and their plainest captions."""
-    settings = DEFAULTS["small"]._replace(resolution=side)
-    records = [make_record(item) for item in plan(settings)["singles"]]
-    on_white = Preprocess(side, colour("#ffffff"), min_side=1, max_aspect=4.0)
-    images = np.stack([on_white(record["image"]) for record in records])
-    return images, [record["captions"][0] for record in records]
 
 
 if __name__ == "__main__":

@@ -3,27 +3,15 @@
 import json
 
 import numpy as np
-import pytest
 from click.testing import CliRunner
 
 from cascade.bundle import SHIPPED
 from cascade.cli import main
-from cascade.data.emoji.builder import DEFAULTS, make_record, plan
-from cascade.data.preprocess import Preprocess, colour
+from cascade.data.emoji.builder import single_drawings
 from cascade.evaluation.retrieval import nearest
 from cascade.images import read_image
 
 ASKED = ("a red apple", "a red heart", "a pizza")
-
-
-@pytest.fixture(scope="module")
-def drawings():
-    """Each drawing of the training set, at 64² on white, and what it's called."""
-    settings = DEFAULTS["small"]._replace(resolution=64)
-    records = [make_record(item) for item in plan(settings)["singles"]]
-    on_white = Preprocess(64, colour("#ffffff"), min_side=1, max_aspect=4.0)
-    images = np.stack([on_white(record["image"]) for record in records])
-    return images, [record["captions"][0] for record in records]
 
 
 def test_it_keeps_to_its_size():
@@ -41,7 +29,7 @@ def test_its_card_and_its_licences_lie_beside_it():
     assert "CC BY 4.0" in (SHIPPED / "NOTICE").read_text(encoding="utf-8")
 
 
-def test_without_a_bundle_named_it_draws_what_is_asked_for(tmp_path, drawings):
+def test_without_a_bundle_named_it_draws_what_is_asked_for(tmp_path):
     prompts = [part for prompt in ASKED for part in ("--prompt", prompt)]
     command = ["sample", *prompts, "--num", "1", "--out", str(tmp_path)]
     result = CliRunner().invoke(main, command)
@@ -49,6 +37,6 @@ def test_without_a_bundle_named_it_draws_what_is_asked_for(tmp_path, drawings):
     paths = result.stdout.splitlines()[: len(ASKED)]
     drawn = np.stack([read_image(path) for path in paths])
     assert drawn.shape == (len(ASKED), 256, 256, 3)
-    known, names = drawings
+    known, names = single_drawings("small", 64)
     small = drawn.reshape(-1, 64, 4, 64, 4, 3).mean((2, 4))
     assert [names[i] for i in nearest(small, known)] == list(ASKED)

@@ -3,12 +3,12 @@
 import io
 import math
 
-import ml_collections
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_loader import data_section
 
 from cascade.data.buckets import Bucketed
 from cascade.data.loader import make_loader
@@ -74,21 +74,7 @@ def test_bad_buckets_are_named(sizes):
 
 def section(folder, **changes):
     source = {"name": "folder", "path": str(folder)}
-    return ml_collections.ConfigDict(
-        {
-            "source": source,
-            "eval_source": source,
-            "filter": {"min_side": 0, "max_aspect": 100.0},
-            "ground": "#ffffff",
-            "crop": "centre",
-            "buckets": SIZES,
-            "mirror": 0.0,
-            "workers": 0,
-            "max_broken_rate": 0.0,
-            "cache_decoded": False,
-            **changes,
-        }
-    )
+    return data_section(source, **{"buckets": SIZES, "max_broken_rate": 0.0, **changes})
 
 
 def loader(data, **changes):

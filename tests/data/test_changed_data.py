@@ -4,10 +4,10 @@ import logging
 import shutil
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 from test_tars import picture, write_tar
+from tiny_loader import data_section
 
 from cascade.data import fingerprint
 from cascade.data.loader import make_loader
@@ -42,22 +42,8 @@ def of_shards(place):
 
 
 def loader(source, rate: float = 0.1):
-    section = ml_collections.ConfigDict(
-        {
-            "source": source,
-            "eval_source": source,
-            "filter": {"min_side": 0, "max_aspect": 100.0},
-            "ground": "#ffffff",
-            "crop": "centre",
-            "buckets": (),
-            "mirror": 0.0,
-            "workers": 0,
-            "max_broken_rate": rate,
-            "cache_decoded": False,
-        }
-    )
     return make_loader(
-        section,
+        data_section(source, max_broken_rate=rate),
         resolution=8,
         lowres_resolution=0,
         crop_resolution=0,

@@ -3,11 +3,11 @@
 import pickle
 from fractions import Fraction
 
-import ml_collections
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_loader import data_section
 
 from cascade.data.loader import make_loader, make_source
 from cascade.data.order import BLOCK, MixedOrder, shares
@@ -30,22 +30,8 @@ def section(weights=WEIGHTS, records=RECORDS) -> dict:
     }
 
 
-def data(**changes) -> ml_collections.ConfigDict:
-    return ml_collections.ConfigDict(
-        {
-            "source": section(),
-            "eval_source": section(),
-            "filter": {"min_side": 0, "max_aspect": 100.0},
-            "ground": "#ffffff",
-            "crop": "centre",
-            "buckets": (),
-            "mirror": 0.0,
-            "workers": 0,
-            "max_broken_rate": 0.0,
-            "cache_decoded": False,
-            **changes,
-        }
-    )
+def data(**changes):
+    return data_section(section(), **{"max_broken_rate": 0.0, **changes})
 
 
 def told(captions):

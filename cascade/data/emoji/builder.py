@@ -24,6 +24,7 @@ from cascade.data.emoji.scenes import (
     scene_json,
     scene_png,
 )
+from cascade.data.preprocess import Preprocess, colour
 
 
 class Single(NamedTuple):
@@ -206,6 +207,20 @@ def make_record(item: Item) -> dict:
         "captions": single_captions(idea, shows.style, phrases[shows.hexcode]),
         "scene": "",
     }
+
+
+def single_drawings(variant: str, side: int) -> tuple[np.ndarray, list[str]]:
+    """What a variant trains on, but for scenes, on white, and each one's plainest caption.
+
+    Returns:
+      uint8 [N, side, side, 3], and N captions.
+    """
+    singles = heldout_split(DEFAULTS[variant])["train"]
+    settings = DEFAULTS[variant]._replace(resolution=side)
+    records = [make_record(Item(single.hexcode, single, settings)) for single in singles]
+    on_white = Preprocess(side, colour("#ffffff"), min_side=1, max_aspect=4.0)
+    images = np.stack([on_white(record["image"]) for record in records])
+    return images, [record["captions"][0] for record in records]
 
 
 @contextmanager
