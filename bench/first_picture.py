@@ -11,6 +11,7 @@ bench/results/first-picture.md.
 """
 
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -49,9 +50,9 @@ def main(bundle, repeats):
             told = " | ".join(f"{statistics.median(part):.2f} s" for part in found)
             rows.append(f"| {side}×{side} | {steps} | {told} |")
             click.echo(rows[-1])
-    command = "python bench/first_picture.py" + (f" --bundle {bundle}" if bundle != SHIPPED else "")
+    command = shlex.join(["python", "bench/first_picture.py", *sys.argv[1:]])
     lines = [
-        f"`{command} --repeats {repeats}`, {len(os.sched_getaffinity(0))} CPU cores",
+        f"`{command}`, {len(os.sched_getaffinity(0))} CPU cores",
         "",
         "| picture | steps | command, cold | command, warm | call |",
         "|---|---|---|---|---|",

@@ -5,12 +5,22 @@ import click
 from cascade.commands.parameters import Numbers, process_options
 
 
+def shipped():
+    """The bundle that comes with the package; asked for where it's needed, for it imports jax."""
+    from cascade.bundle import SHIPPED
+
+    return SHIPPED
+
+
 def drawing_options(command):
     """The options that `sample` and `upscale` share."""
     for option in reversed(
         [
             click.option(
-                "--bundle", help="A bundle's folder. [default: the one that comes with the package]"
+                "--bundle",
+                default=shipped,
+                show_default="the one that comes with the package",
+                help="A bundle's folder.",
             ),
             click.option(
                 "--text-weights",
@@ -107,11 +117,9 @@ def sample(bundle, prompt, num, out, mesh, coordinator, processes, process, **op
     50,30 --guidance 5,2
     """
     options["mesh"] = joined(mesh, coordinator, processes, process)
-    from cascade.bundle import SHIPPED
     from cascade.sample import sample_to_folder
 
-    folder = SHIPPED if bundle is None else bundle
-    for path in sample_to_folder(folder, list(prompt), out, num_images=num, **options):
+    for path in sample_to_folder(bundle, list(prompt), out, num_images=num, **options):
         click.echo(path)
 
 
@@ -127,12 +135,10 @@ def upscale(bundle, image, out, mesh, coordinator, processes, process, **options
     Example: cascade upscale --image photo.png --prompt "a cat" --out big.png
     """
     options["mesh"] = joined(mesh, coordinator, processes, process)
-    from cascade.bundle import SHIPPED
     from cascade.parallel.roll import is_first
     from cascade.sample import upscale_to_file
 
-    folder = SHIPPED if bundle is None else bundle
-    written = upscale_to_file(folder, image, out, **options)
+    written = upscale_to_file(bundle, image, out, **options)
     if is_first():
         click.echo(written)
 
