@@ -23,7 +23,7 @@ import click
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from cascade.evaluation.drawn import CPU_ROWS, Drawing, Setting
+from cascade.evaluation.drawn import Drawing, Setting
 from cascade.evaluation.evaluate import Against, score_drawings
 from cascade.files import write_whole
 from cascade.training.export import bundle_runs
@@ -60,8 +60,9 @@ def main(
         click.echo(score_drawings(against, drawings, num=count))
         found[part] = keep(out / part, f"{name}-{part}")
     plot(found["base"]).savefig(RESULTS / f"{name}.png", dpi=120)
-    if "cascade" in found and whole > CPU_ROWS:  # the first batch, which compiles, has no time
-        slow, fast = (row["s/picture"] for row in found["cascade"][:2])
+    seconds = [row["s/picture"] for row in found.get("cascade", [])[:2]]
+    if seconds and None not in seconds:  # where all fits one batch, that compiled, there are none
+        slow, fast = seconds
         found["times faster"] = slow / fast
         click.echo(f"In {fast_steps} steps a picture takes {slow / fast:.1f} times less time.")
     write_whole(RESULTS / f"{name}.json", json.dumps(found, indent=1))

@@ -166,8 +166,8 @@ class Cascade:
           size: (height, width) of the base picture; None is its training size.
           first_index: index of the first picture: `first_index=5` redraws the sixth alone.
           batch_size: pictures that go through a network at once, on all devices together, rounded
-            up to as many on each; memory grows with it. None is 1 on a CPU, where more gain
-            nothing, and 8 elsewhere.
+            up to as many on each; memory grows with it. None is 8, and on a CPU 4 of up to 256
+            pixels a side and 1 of larger ones.
           return_stages: give every stage's pictures.
           progress: show a bar.
 
@@ -235,7 +235,7 @@ class Cascade:
             )
         count = len(prompts) * whole("num_images", num_images, 1, 2**32 // len(prompts))
         sizes, settings = stage_sizes(self.stages, size), self.settings(**changes)
-        how = seed, negative_prompt, first_index, batch_size
+        how = seed, negative_prompt, first_index, batch_size, max(sizes[-1])
         wanted = request(self.text_encoder, self.mesh, prompts, count, *how)
         every = range(len(self.stages)), settings, sizes
         return batches.draw(self._trained, self.mesh, wanted, *every, progress=progress)
@@ -329,7 +329,7 @@ class Cascade:
         count = len(lowres)
         if len(prompts) not in (1, count):
             raise UserError(f"{count} pictures have {len(prompts)} prompts; give one, or one each.")
-        how = seed, negative_prompt, first_index, batch_size
+        how = seed, negative_prompt, first_index, batch_size, max(size)
         wanted = request(self.text_encoder, self.mesh, prompts, count, *how)
         only = [stage], {stage: settings}, {stage: size}
         return batches.draw(self._trained, self.mesh, wanted, *only, lowres, progress)

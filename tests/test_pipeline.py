@@ -19,6 +19,7 @@ from cascade import images, sample
 from cascade.batches import Batch
 from cascade.errors import UserError
 from cascade.pipeline import Cascade
+from cascade.request import default_batch_size
 
 PROMPTS = ["a red apple", "two blue birds"]
 
@@ -92,11 +93,13 @@ def test_bit_for_bit_whatever_is_drawn_beside_it(pipe, drawn):
         np.testing.assert_array_equal(a, b[5:8])
 
 
-def test_on_a_cpu_a_picture_is_bit_for_bit_the_one_drawn_alone(pipe):
-    if jax.default_backend() != "cpu":
-        pytest.skip("an accelerator draws several at once")
-    both = pipe("moon", 2, progress=False)
-    np.testing.assert_array_equal(pipe("moon", first_index=1, progress=False)[0], both[1])
+def test_several_small_pictures_go_through_at_once_unless_told_otherwise(base):
+    rows = [len(batch.stages[-1]) for batch in base.draw_batches("moon", 9, progress=False)]
+    assert rows == ([4, 4, 4] if jax.default_backend() == "cpu" else [8, 8])
+
+
+def test_large_ones_on_a_cpu_do_not():
+    assert [default_batch_size("cpu", side) for side in (256, 512)] == [4, 1]
 
 
 def test_a_batch_passes_all_stages_before_the_next_is_begun(pipe, drawn):

@@ -14,7 +14,7 @@ Whatever follows changes the config: --config.data.source.data_dir=elsewhere.
 
 import itertools
 
-from experiment import Judge, cascade_of, command, drawn, enlarged, pictures, report, trained
+from experiment import Judge, cascade_of, command, pictures, report, trained
 
 from cascade import config as configs
 
@@ -34,12 +34,12 @@ def main(base, config, steps, num, out, overrides):
     real = pictures(loaded, loaded.stage.resolution, num)
     judge = Judge(real)
     inputs = {"real": real.images}  # which `upscale` shrinks as training did
-    inputs["drawn"] = drawn(cascade_of([base]), real.captions)
+    inputs["drawn"] = cascade_of([base])(real.captions)
     rows = []
     for (name, run), (kind, lowres) in itertools.product(runs.items(), inputs.items()):
         pipe = cascade_of([base, run])
         for level in LEVELS if name == "with" else LEVELS[:1]:
-            images = enlarged(pipe, real, lowres, aug_level=level)
+            images = pipe.upscale(lowres, real.captions, aug_level=level)
             row = {"augmentation": name, "input": kind, "level": level, "pictures": len(images)}
             rows.append(row | judge(images, real.captions))
     report("augmentation", rows, f"Super-resolution stages of {steps} steps each.")

@@ -17,7 +17,6 @@ from cascade.bundle import TrainedStage
 from cascade.data.loader import make_source
 from cascade.data.preprocess import Preprocess, colour
 from cascade.evaluation import scores
-from cascade.evaluation.drawn import at_once
 from cascade.evaluation.features import efficientnet_lite0
 from cascade.evaluation.retrieval import among, direction, ranks
 from cascade.files import write_whole
@@ -123,16 +122,6 @@ def cascade_of(folders: Sequence[Path], **sampling: Any) -> Cascade:
         null = tuple(stage.null_cond.values())
         stages.append(TrainedStage(Stage(configs.from_json(section), null), *weights))
     return Cascade(stages, read[0].text, encoder)
-
-
-def drawn(pipe: Cascade, prompts: Sequence[str], **how: Any) -> np.ndarray:
-    """A picture a prompt, in batches as `cascade evaluate` draws them."""
-    return pipe(prompts, seed=0, batch_size=at_once(pipe), **how)
-
-
-def enlarged(pipe: Cascade, real: Pictures, lowres: np.ndarray, **how: Any) -> np.ndarray:
-    """What a cascade's second stage makes of pictures of the same captions, likewise."""
-    return pipe.upscale(lowres, real.captions, batch_size=at_once(pipe), **how)
 
 
 class Judge:

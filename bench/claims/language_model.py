@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from experiment import Judge, cascade_of, command, drawn, pictures, report, trained
+from experiment import Judge, cascade_of, command, pictures, report, trained
 from safetensors.numpy import load_file, save_file
 
 from cascade import config as configs
@@ -47,7 +47,7 @@ def main(config, steps, num, out, overrides):
         for kind, (prompts, meant) in asked.items():
             if not prompts:  # of such pictures the list knows no other words
                 continue
-            images = drawn(pipe, prompts)
+            images = pipe(prompts)
             row = {"encoder": name, "prompts": kind, "pictures": len(images)}
             rows.append(row | judge(images, meant))
     report("language_model", rows, f"Base stages of {steps} steps each.")

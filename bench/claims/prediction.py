@@ -13,7 +13,7 @@ Whatever follows changes the config: --config.data.source.data_dir=elsewhere.
 """
 
 import numpy as np
-from experiment import Judge, cascade_of, command, enlarged, pictures, report, trained
+from experiment import Judge, cascade_of, command, pictures, report, trained
 
 from cascade import config as configs
 
@@ -28,7 +28,8 @@ def main(base, config, steps, num, out, overrides):
     for output in ("eps", "v", "x"):
         change = {"stage__output": output, "stage__weighting": {"name": output}}
         run = trained(config, out / output, overrides, train__steps=steps, **change)
-        images = enlarged(cascade_of([base, run]), real, real.images)  # which it shrinks
+        pipe = cascade_of([base, run])
+        images = pipe.upscale(real.images, real.captions)  # which it shrinks
         shift = np.mean(images, (1, 2)) - np.mean(real.images, (1, 2))  # [N, 3]
         row = {"predicts": output, "pictures": len(images), "cast": np.abs(shift.mean(0)).max()}
         rows.append(row | {"shift": np.abs(shift).mean()} | judge(images, real.captions))

@@ -11,7 +11,7 @@ score; here it is over retrieval, the share of pictures nearest to the drawing t
 Whatever follows changes the config: --config.data.source.data_dir=elsewhere.
 """
 
-from experiment import RESULTS, Judge, cascade_of, command, drawn, pictures, report
+from experiment import RESULTS, Judge, cascade_of, command, pictures, report
 from matplotlib.figure import Figure
 
 from cascade import config as configs
@@ -33,7 +33,7 @@ def main(base, config, steps, num, overrides):
     for name, threshold in THRESHOLDS.items():
         pipe = cascade_of([base], threshold=threshold)
         for weight in WEIGHTS:
-            images = drawn(pipe, real.captions, steps=steps, guidance=weight)
+            images = pipe(real.captions, steps=steps, guidance=weight)
             saturated = ((images == 0) | (images == 255)).mean()
             row = {"threshold": name, "guidance": weight, "pictures": len(images)}
             found = judge(images, real.captions)

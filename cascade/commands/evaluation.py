@@ -58,9 +58,7 @@ from cascade.errors import UserError
     help="As clean-fid does, or as pytorch-fid.",
 )
 @click.option("--seed", default=0, show_default=True)
-@click.option(
-    "--batch-size", type=int, help="As in `cascade sample`. [default: 8; large ones on a CPU, 1]"
-)
+@click.option("--batch-size", type=int, help="As in `cascade sample`.")
 @click.option("--text-weights", help="As in `cascade sample`.")
 @click.option("--mesh", help="As in `cascade sample`.")
 @process_options

@@ -21,7 +21,6 @@ from cascade.parallel.mesh import on_all_processes, whole_on_host
 from cascade.pipeline import Cascade, load
 
 PROMPTS = 256  # prompts whose embeddings are held; a multiple of it goes through in whole batches
-CPU_SIDE, CPU_ROWS = 256, 8  # see `at_once`
 
 
 class Setting(NamedTuple):
@@ -112,17 +111,6 @@ class Artist:
         return self._held[1]
 
 
-def at_once(pipe: Cascade) -> int | None:
-    """How many pictures go through a network at once where nobody says.
-
-    As `cascade sample` does (None), but on a CPU, where that is one, 8 of no more than 256×256
-    pixels: small networks' products are too small, one picture at a time, to be worth their start.
-    """
-    side = max(stage.config.resolution for stage in pipe.stages)
-    small = pipe.mesh.devices.flat[0].platform == "cpu" and side <= CPU_SIDE
-    return CPU_ROWS if small else None
-
-
 class Enlarged(NamedTuple):
     """What one super-resolution stage alone is given.
 
@@ -159,7 +147,7 @@ def measure(
     compiles.
 
     Args:
-      batch_size: as in `cascade sample`; None is `at_once`.
+      batch_size: as in `cascade sample`.
       resolution: side to which pictures that are drawn larger are shrunk, by area.
       what: names the progress bar.
       enlarged: None draws by the whole cascade.
@@ -168,13 +156,12 @@ def measure(
       UserError: as `Cascade.draw_batches`, or the record can't be written.
     """
     first, done = True, record.count
-    rows = at_once(pipe) if batch_size is None else batch_size
     quiet = jax.process_index() > 0
     bar = tqdm(total=len(prompts), initial=done, desc=what, unit="picture", disable=quiet)
     with bar:
         while done < len(prompts):
             told = prompts[done : done + PROMPTS]
-            how = {"seed": seed, "first_index": done, "batch_size": rows, "progress": False}
+            how = {"seed": seed, "first_index": done, "batch_size": batch_size, "progress": False}
             if enlarged is None:
                 batches = pipe.draw_batches(told, **how, **setting._asdict())
             else:

@@ -59,8 +59,7 @@ def score_drawings(
       num: pictures of each; captions come again where there are fewer.
       stage: of a super-resolution stage alone: it enlarges the source's pictures, shrunk to what it
         was trained to take. None draws from text by all stages.
-      batch_size: as in `cascade sample`; None is `cascade.evaluation.drawn.at_once`.
-      text_weights: as in `cascade sample`.
+      batch_size, text_weights: as in `cascade sample`.
 
     Returns:
       See `Job.report`.

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,13 +225,6 @@ def test_who_draws_larger_is_shrunk_only_if_told_so(folder, tmp_path):
     with pytest.raises(evaluate.UserError, match="8 pixels a side and another 16; give --resol"):
         score_bundles(against(folder, tmp_path), bundles, num=10)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_cpu_draws_several_small_pictures_at_once(folder):
-    pipe = loaded(folder / "bundle", text_weights="", mesh=all_devices())
-    assert drawn.at_once(pipe) == 8
-    large = SimpleNamespace(config=SimpleNamespace(resolution=512))
-    assert drawn.at_once(SimpleNamespace(stages=[*pipe.stages, large], mesh=pipe.mesh)) is None
 
 
 def test_a_stage_alone_enlarges_real_pictures(folder, tmp_path):
