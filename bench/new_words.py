@@ -16,12 +16,11 @@ import sys
 from pathlib import Path
 
 import click
-import numpy as np
 
 from cascade.bundle import SHIPPED
 from cascade.commands.parameters import Numbers
 from cascade.data.emoji.builder import single_drawings
-from cascade.data.preprocess import resized
+from cascade.data.preprocess import all_resized
 from cascade.evaluation import scores
 from cascade.evaluation.features import efficientnet_lite0
 from cascade.evaluation.retrieval import among, direction, nearest, ranks
@@ -50,7 +49,7 @@ def main(bundle, guidance, batch_size, name):
     images = pipe(prompts, guidance=guidance, batch_size=batch_size)
     seen_by = {
         "features": lambda pictures: direction(extractor.all_of(pictures, "features")),
-        "pixels": lambda pictures: small(pictures).reshape(len(pictures), -1) / 255,
+        "pixels": lambda pictures: all_resized(pictures, 64).reshape(len(pictures), -1) / 255,
     }
     rows, each = [], [dict(row) for row in asked]
     for by, see in seen_by.items():
@@ -66,13 +65,9 @@ def main(bundle, guidance, batch_size, name):
     command = shlex.join(["python", "bench/new_words.py", *sys.argv[1:]])
     write_whole(RESULTS / f"{name}.md", f"`{command}`\n\n{tables}\n")
     told = [row["prompt"] for row in asked]
-    save_png(RESULTS / f"{name}.png", contact_sheet(small(images[: len(asked)]), told, cell=64))
+    new = all_resized(images[: len(asked)], 64)
+    save_png(RESULTS / f"{name}.png", contact_sheet(new, told, cell=64))
     click.echo(tables)
-
-
-def small(pictures: np.ndarray) -> np.ndarray:
-    """uint8 [N, S, S, 3] shrunk by area to [N, 64, 64, 3]."""
-    return np.stack([resized(picture, 64, 64) for picture in pictures])
 
 
 if __name__ == "__main__":

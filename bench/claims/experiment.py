@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cascade import config as configs
 from cascade.bundle import TrainedStage
 from cascade.data.loader import make_source
-from cascade.data.preprocess import Preprocess, colour
+from cascade.data.preprocess import Preprocess, all_resized, colour
 from cascade.evaluation import scores
 from cascade.evaluation.features import efficientnet_lite0
 from cascade.evaluation.retrieval import among, direction, ranks
@@ -125,20 +125,29 @@ def cascade_of(folders: Sequence[Path], **sampling: Any) -> Cascade:
 
 
 class Judge:
-    """Compares pictures with real ones, by EfficientNet-Lite0's features."""
+    """Compares pictures with real ones by EfficientNet-Lite0's features, and by what is nearest."""
 
     def __init__(self, real: Pictures):
         self.extractor = efficientnet_lite0(all_devices())
-        self.known = self.extractor.all_of(real.images, "real")
         self.names = real.captions
-        self.reference = scores.Reference(self.known, self.extractor.name)
+        features = self.extractor.all_of(real.images, "real")
+        self.reference = scores.Reference(features, self.extractor.name)
+        self.known = {"features": direction(features), "pixels": pixels(real.images)}
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, float | None]:
         """Distances, and the share of pictures that are nearest to the drawing that is named."""
         found = self.extractor.all_of(images)
-        rank = ranks(direction(found), prompts, direction(self.known), self.names)
-        best = {f"top-{k}": among(rank, k) for k in scores.BEST}
-        return self.reference.compare(found)[0] | best
+        row = self.reference.compare(found)[0]
+        for by, drawn in {"features": direction(found), "pixels": pixels(images)}.items():
+            rank = ranks(drawn, prompts, self.known[by], self.names)
+            row |= {f"top-{k}, {by}": among(rank, k) for k in scores.BEST}
+        return row
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, S, S, 3] as [N, D] in [0, 1], of no more than 64×64 pixels each."""
+    small = all_resized(images, min(64, images.shape[1]))
+    return small.reshape(len(images), -1) / 255
 
 
 def report(name: str, rows: Sequence[Mapping[str, Any]], said: str):

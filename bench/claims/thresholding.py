@@ -3,10 +3,11 @@
     python bench/claims/thresholding.py --base runs/small_base
     python bench/claims/thresholding.py --base runs/small_base --num 64 --steps 25   # on a CPU
 
-The base stage draws the same captions with the same noise, clipped at [-1, 1] or at a percentile of
-each picture's own values, which it is then divided by. The paper finds that dynamic thresholding
-keeps pictures natural at high weights, where static ones saturate. Its plot has FID over CLIP
-score; here it is over retrieval, the share of pictures nearest to the drawing that is named.
+The base stage draws the captions of single drawings with the same noise, clipped at [-1, 1] or at a
+percentile of each picture's own values, which it is then divided by. The paper finds that dynamic
+thresholding keeps pictures natural at high weights, where static ones saturate. Its plot has FID
+over CLIP score; here it is over retrieval, the share of pictures nearest to the drawing that is
+named, by features and by pixels.
 
 Whatever follows changes the config: --config.data.source.data_dir=elsewhere.
 """
@@ -27,7 +28,7 @@ THRESHOLDS = {
 def main(base, config, steps, num, overrides):
     """Draws, compares, plots."""
     loaded = configs.load(config, overrides)
-    real = pictures(loaded, loaded.stage.resolution, num)
+    real = pictures(loaded, loaded.stage.resolution, num, scenes=False)
     judge = Judge(real)
     rows = []
     for name, threshold in THRESHOLDS.items():
@@ -44,17 +45,18 @@ def main(base, config, steps, num, overrides):
 
 def plot(rows) -> Figure:
     """Distance over retrieval, a line for each way to clip, a point for each weight."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name in THRESHOLDS:
-        line = [row for row in rows if row["threshold"] == name]
-        x, y = [row["top-1"] for row in line], [row["FID-EffLite0"] for row in line]
-        axes.plot(x, y, "o-", label=name)
-        for row, *place in zip(line, x, y, strict=True):
-            axes.annotate(f"{row['guidance']:g}", place, fontsize=7)
-    axes.set_xlabel("top-1 retrieval")
-    axes.set_ylabel("FID-EffLite0")
-    axes.legend()
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    parts = figure.subplots(1, 2, sharey=True)
+    for axes, by in zip(parts, ("features", "pixels"), strict=True):
+        for name in THRESHOLDS:
+            line = [row for row in rows if row["threshold"] == name]
+            x, y = [row[f"top-1, {by}"] for row in line], [row["FID-EffLite0"] for row in line]
+            axes.plot(x, y, "o-", label=name)
+            for row, *place in zip(line, x, y, strict=True):
+                axes.annotate(f"{row['guidance']:g}", place, fontsize=7)
+        axes.set_xlabel(f"top-1 retrieval by {by}")
+    parts[0].set_ylabel("FID-EffLite0")
+    parts[0].legend()
     return figure
 
 

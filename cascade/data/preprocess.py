@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -154,6 +155,11 @@ def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     pixels = area_resize(picture, height, width)
     pixels += 0.5
     return pixels.astype(np.uint8)
+
+
+def all_resized(pictures: Iterable[np.ndarray], side: int) -> np.ndarray:
+    """uint8 [N, side, side, 3] of squares uint8 [S, S, 3]: each `resized`."""
+    return np.stack([resized(picture, side, side) for picture in pictures])
 
 
 def square_crop(picture: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from cascade.batches import Batch
-from cascade.data.preprocess import resized
+from cascade.data.preprocess import all_resized
 from cascade.evaluation.features import Extractor
 from cascade.evaluation.record import SHOWN, Record
 from cascade.parallel.mesh import on_all_processes, whole_on_host
@@ -197,8 +197,8 @@ def _add(
         whole = np.asarray(batch[-1])
         record.keep(dict(enumerate(whole, start)))
     if shrinks:
-        small = [resized(picture, resolution, resolution) for picture in whole]
-        small += [small[-1]] * (len(pictures) - len(small))  # rows that fill the batch up
-        pictures = np.stack(small)
+        small = all_resized(whole, resolution)
+        filling = len(pictures) - len(small)
+        pictures = np.pad(small, [(0, filling), (0, 0), (0, 0), (0, 0)], "edge")
     measured = {e.name: whole_on_host(e(pictures))[: batch.count] for e in extractors}
     record.add(**measured, seconds=np.full(batch.count, seconds))
