@@ -1,8 +1,8 @@
 """Does noise on a super-resolution stage's input help a cascade? (Saharia et al. 2022)
 
     python bench/claims/augmentation.py --base runs/small_base
-    python bench/claims/augmentation.py --base runs/small_base --steps 500 --num 32 \\
-      --config.stage.sampling.steps=6                                               # on a CPU
+    python bench/claims/augmentation.py --base runs/small_base --steps 1500 --num 64 \\
+      --config.stage.sampling.steps=10                                              # on a CPU
 
 Two super-resolution stages are trained alike, one with noise conditioning augmentation and one on
 clean input. Both enlarge real pictures, shrunk, and what the base stage drew for the same captions,

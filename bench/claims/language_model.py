@@ -1,7 +1,7 @@
 """Does it matter that the frozen text encoder has learned a language? (Saharia et al. 2022)
 
     python bench/claims/language_model.py
-    python bench/claims/language_model.py --config configs/emoji/demo_base.py --steps 400    # a CPU
+    python bench/claims/language_model.py --config configs/emoji/demo_base.py --steps 600    # a CPU
 
 Two base stages are trained alike on the states of a frozen MiniLM: one as it was trained, one with
 random weights of the scale that BERTs are born with, which tells words apart but knows none. Both

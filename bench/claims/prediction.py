@@ -1,8 +1,8 @@
 """Does super-resolution shift colours if it predicts noise? (Ho et al. 2022, Imagen Video)
 
     python bench/claims/prediction.py --base runs/small_base
-    python bench/claims/prediction.py --base runs/small_base --steps 400 --num 64 \\
-      --config.stage.sampling.steps=8                                               # on a CPU
+    python bench/claims/prediction.py --base runs/small_base --steps 1500 --num 64 \\
+      --config.stage.sampling.steps=10                                              # on a CPU
 
 Super-resolution stages are trained alike to predict the noise (eps), the velocity (v) or the
 picture (x), each weighed as its own mean squared error, and enlarge real pictures, shrunk. A
