@@ -24,7 +24,7 @@ from cascade.images import as_lowres
 from cascade.parallel.layout import Layout
 from cascade.parallel.mesh import all_devices, on_all_processes, put
 from cascade.parallel.rules import shardings
-from cascade.request import request
+from cascade.request import default_batch_size, request
 from cascade.stage import Stage
 from cascade.students import check_negative_prompt
 from cascade.text.between import Between
@@ -166,8 +166,8 @@ class Cascade:
           size: (height, width) of the base picture; None is its training size.
           first_index: index of the first picture: `first_index=5` redraws the sixth alone.
           batch_size: pictures that go through a network at once, on all devices together, rounded
-            up to as many on each; memory grows with it. None is 8, and on a CPU 4 of up to 256
-            pixels a side and 1 of larger ones.
+            up to as many on each; memory grows with it. None is up to 8, on a CPU up to 4 or, of
+            pictures beyond 256 pixels a side, 1: as few even batches as that makes.
           return_stages: give every stage's pictures.
           progress: show a bar.
 
@@ -235,7 +235,9 @@ class Cascade:
             )
         count = len(prompts) * whole("num_images", num_images, 1, 2**32 // len(prompts))
         sizes, settings = stage_sizes(self.stages, size), self.settings(**changes)
-        how = seed, negative_prompt, first_index, batch_size, max(sizes[-1])
+        if batch_size is None:
+            batch_size = default_batch_size(self.mesh, max(sizes[-1]), count)
+        how = seed, negative_prompt, first_index, batch_size
         wanted = request(self.text_encoder, self.mesh, prompts, count, *how)
         every = range(len(self.stages)), settings, sizes
         return batches.draw(self._trained, self.mesh, wanted, *every, progress=progress)
@@ -329,7 +331,9 @@ class Cascade:
         count = len(lowres)
         if len(prompts) not in (1, count):
             raise UserError(f"{count} pictures have {len(prompts)} prompts; give one, or one each.")
-        how = seed, negative_prompt, first_index, batch_size, max(size)
+        if batch_size is None:
+            batch_size = default_batch_size(self.mesh, max(size), count)
+        how = seed, negative_prompt, first_index, batch_size
         wanted = request(self.text_encoder, self.mesh, prompts, count, *how)
         only = [stage], {stage: settings}, {stage: size}
         return batches.draw(self._trained, self.mesh, wanted, *only, lowres, progress)

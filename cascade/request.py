@@ -43,8 +43,7 @@ def request(
     seed: int,
     negative_prompt: str,
     first_index: int,
-    batch_size: int | None,
-    side: int,
+    batch_size: int,
 ) -> Request:
     """Checks the rest of what callers say, and encodes `prompts`, checked already.
 
@@ -52,7 +51,6 @@ def request(
       encoder: the text encoder.
       mesh: the devices that draw, over which a batch must divide.
       count: pictures in all, a multiple of the prompts.
-      side: of the largest picture that is drawn, in pixels.
       Others: as in `Cascade.__call__`.
 
     Raises:
@@ -60,8 +58,6 @@ def request(
     """
     whole("seed", seed, 0, 2**32 - 1)
     whole("first_index", first_index, 0, 2**32 - count)
-    if batch_size is None:
-        batch_size = default_batch_size(mesh.devices.flat[0].platform, side)
     batch_size = whole("batch_size", batch_size, 1)
     shares = batch_shares(mesh)
     rows = math.ceil((batch_size if count > 1 else 1) / shares) * shares
@@ -70,15 +66,14 @@ def request(
     return Request(text, null, count // len(prompts), count, rows, seed, first_index)
 
 
-def default_batch_size(platform: str, side: int) -> int:
-    """How many pictures of so many pixels a side go through a network at once if nobody says.
+def default_batch_size(mesh: Mesh, side: int, count: int) -> int:
+    """How many of `count` pictures, `side` pixels wide or high, to draw at once if nobody says.
 
-    On a CPU one picture's products are too small to share among cores, unless it is large; several
-    large ones take memory and gain nothing.
+    On a CPU one small picture's products are too little work to share among cores; several large
+    ones take memory and gain nothing. Batches are as even as can be: 5 pictures are 3 and 2.
     """
-    if platform != "cpu":
-        return 8
-    return 4 if side <= 256 else 1
+    most = 8 if mesh.devices.flat[0].platform != "cpu" else 4 if side <= 256 else 1
+    return math.ceil(count / math.ceil(count / most))
 
 
 def _conditions(

@@ -104,8 +104,7 @@ def tune_steps(
     loaded = bundle.load_bundle(folder, None, text_weights, mesh)
     settings = _settings(loaded.stages, stage, steps, sampler, reference_steps)
     below = Cascade(loaded.stages[:stage], *loaded[1:], mesh) if stage else None
-    side = loaded.stages[stage].stage.config.resolution
-    how = seed, "", 0, batch_size or min(8, pictures), side
+    how = seed, "", 0, min(8, pictures) if batch_size is None else batch_size
     wanted = request(loaded.text_encoder, mesh, prompts, 2 * len(prompts), *how)
     batches = math.ceil(pictures / wanted.rows)
     trained = loaded.stages[stage]

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_cascade import TEXT, WordEncoder, stage_config, tiny_stages, trained
 
@@ -18,6 +20,7 @@ import cascade
 from cascade import images, sample
 from cascade.batches import Batch
 from cascade.errors import UserError
+from cascade.parallel.mesh import all_devices
 from cascade.pipeline import Cascade
 from cascade.request import default_batch_size
 
@@ -95,11 +98,23 @@ def test_bit_for_bit_whatever_is_drawn_beside_it(pipe, drawn):
 
 def test_several_small_pictures_go_through_at_once_unless_told_otherwise(base):
     rows = [len(batch.stages[-1]) for batch in base.draw_batches("moon", 9, progress=False)]
-    assert rows == ([4, 4, 4] if jax.default_backend() == "cpu" else [8, 8])
+    assert rows == ([3, 3, 3] if jax.default_backend() == "cpu" else [5, 5])
 
 
-def test_large_ones_on_a_cpu_do_not():
-    assert [default_batch_size("cpu", side) for side in (256, 512)] == [4, 1]
+def test_large_ones_on_a_cpu_do_not(pipe):
+    if jax.default_backend() != "cpu":
+        pytest.skip("an accelerator draws several at once")
+    assert [default_batch_size(pipe.mesh, side, 8) for side in (256, 512)] == [4, 1]
+
+
+@given(st.integers(1, 10**6), st.sampled_from([64, 256, 1024]))
+def test_default_batches_are_few_and_have_less_than_a_row_each_to_fill(count, side):
+    mesh = all_devices()
+    most = default_batch_size(mesh, side, 2**40)
+    rows = default_batch_size(mesh, side, count)
+    batches = -(-count // rows)
+    assert rows <= most and batches == -(-count // most)
+    assert batches * rows - count < batches
 
 
 def test_a_batch_passes_all_stages_before_the_next_is_begun(pipe, drawn):

@@ -9,7 +9,7 @@ clean input. Both enlarge real pictures, shrunk, and what the base stage drew fo
 at several levels of noise (the clean one knows none), and all is compared with the real pictures.
 The paper finds the augmented one better on drawn input, and little noise best at sampling.
 
-Whatever follows changes the config: --config.data.source.data_dir=elsewhere.
+Whatever follows changes the config: --config.seed=1.
 """
 
 import itertools
@@ -26,15 +26,15 @@ LEVELS = (0.0, 0.1, 0.2, 0.3, 0.5)
 def main(base, config, steps, num, out, overrides):
     """Trains, draws, compares."""
     loaded = configs.load(config, overrides)
+    real = pictures(loaded, loaded.stage.resolution, num)
+    inputs = {"real": real.images}  # which `upscale` shrinks as training did
+    inputs["drawn"] = cascade_of([base])(real.captions)
     changes = {"with": {}, "without": {"stage__aug_schedule": CLEAN}}
     runs = {
         name: trained(config, out / name, overrides, train__steps=steps, **change)
         for name, change in changes.items()
     }
-    real = pictures(loaded, loaded.stage.resolution, num)
     judge = Judge(real)
-    inputs = {"real": real.images}  # which `upscale` shrinks as training did
-    inputs["drawn"] = cascade_of([base])(real.captions)
     rows = []
     for (name, run), (kind, lowres) in itertools.product(runs.items(), inputs.items()):
         pipe = cascade_of([base, run])

@@ -1,5 +1,6 @@
 """What the claims have in common: variants of a config, trained; pictures of its source; scores."""
 
+import functools
 import itertools
 import json
 import shlex
@@ -16,6 +17,7 @@ from cascade import config as configs
 from cascade.bundle import TrainedStage
 from cascade.data.loader import make_source
 from cascade.data.preprocess import Preprocess, all_resized, colour
+from cascade.errors import UserError
 from cascade.evaluation import scores
 from cascade.evaluation.features import efficientnet_lite0
 from cascade.evaluation.retrieval import among, direction, ranks
@@ -32,7 +34,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def command(config: str, steps: int, *, base: bool = True, out: str = "") -> Callable:
-    """Makes a claim's `main(config, steps, num, overrides)` a command.
+    """Makes a claim's `main(config, steps, num, overrides)` a command, its module's text the help.
+
+    `base` and `out` are further arguments where they are asked for.
 
     Args:
       config: the one whose stage is looked at, where no other is named.
@@ -41,26 +45,42 @@ def command(config: str, steps: int, *, base: bool = True, out: str = "") -> Cal
       out: it takes `--out`, a folder for what it trains, here by default.
     """
     options = [
-        click.option("--config", default=config, show_default=True),
+        click.option("--config", default=config, show_default=True, help="Of the stage looked at."),
         click.option(
             "--steps",
             default=steps,
+            type=click.IntRange(min=1),
             show_default=True,
             help="Of training, each." if out else "Of drawing.",
         ),
-        click.option("--num", default=1000, show_default=True, help="Pictures of each, at most."),
+        click.option(
+            "--num",
+            default=1000,
+            type=click.IntRange(min=2),
+            show_default=True,
+            help="Pictures of each, at most.",
+        ),
         click.argument("overrides", nargs=-1, type=click.UNPROCESSED),
     ]
     if base:
         said = "A run or a bundle of the base stage."
         options.insert(0, click.option("--base", required=True, type=Path, help=said))
     if out:
-        options.append(click.option("--out", default=out, type=Path, show_default=True))
+        said = "Folder of what is trained; again with the same one goes on."
+        options.append(click.option("--out", default=out, type=Path, show_default=True, help=said))
 
     def decorate(main: Callable) -> click.Command:
+        @functools.wraps(main)
+        def polite(**arguments):
+            try:
+                main(**arguments)
+            except UserError as error:
+                raise click.UsageError(str(error)) from error
+
         for option in reversed(options):
-            main = option(main)
-        return click.command(context_settings={"ignore_unknown_options": True})(main)
+            polite = option(polite)
+        about = "\n\n".join(f"\b\n{part}" for part in main.__globals__["__doc__"].split("\n\n"))
+        return click.command(help=about, context_settings={"ignore_unknown_options": True})(polite)
 
     return decorate
 
@@ -103,12 +123,13 @@ def trained(spec: str, workdir: Path, overrides: Sequence[str], **changes: Any) 
     rate = config.train.learning_rate
     if "decay_steps" in rate:
         rate.decay_steps = config.train.steps
+    configs.check(config)
     train(config, workdir)
     return workdir
 
 
 def cascade_of(folders: Sequence[Path], **sampling: Any) -> Cascade:
-    """Stages of runs and bundles, base first, as one cascade.
+    """Runs' stages, and the first ones of bundles, as one cascade in this order.
 
     Args:
       sampling: changes of every stage's sampling section.
@@ -116,7 +137,7 @@ def cascade_of(folders: Sequence[Path], **sampling: Any) -> Cascade:
     read = [read_trained(folder) for folder in folders]
     encoder = build("text encoder", ENCODERS, read[0].text)
     stages = []
-    for stage, *weights in itertools.chain.from_iterable(each.stages for each in read):
+    for stage, *weights in (each.stages[0] for each in read):
         section = configs.to_json(stage.config)
         section["sampling"] |= sampling
         null = tuple(stage.null_cond.values())

@@ -10,7 +10,7 @@ draw captions of the training set, and new_words.tsv: things called by words tha
 
 The second takes the demo's drawings: `cascade data build emoji --variant demo --out data/emoji`.
 
-Whatever follows changes the config: --config.data.source.data_dir=elsewhere.
+Whatever follows changes the config: --config.seed=1.
 """
 
 import csv

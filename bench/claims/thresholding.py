@@ -9,7 +9,7 @@ thresholding keeps pictures natural at high weights, where static ones saturate.
 over CLIP score; here it is over retrieval, the share of pictures nearest to the drawing that is
 named, by features and by pixels.
 
-Whatever follows changes the config: --config.data.source.data_dir=elsewhere.
+Whatever follows changes the config: --config.seed=1.
 """
 
 from experiment import RESULTS, Judge, cascade_of, command, pictures, report

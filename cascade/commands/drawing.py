@@ -69,7 +69,7 @@ def drawing_options(command):
                 "--batch-size",
                 type=int,
                 help="Pictures drawn at once, on all devices together; at least 1 on each. "
-                "[default: 8; on a CPU 4, large ones 1]",
+                "[default: up to 8; on a CPU up to 4, beyond 256 pixels a side 1]",
             ),
             click.option(
                 "--mesh",

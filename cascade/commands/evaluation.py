@@ -58,7 +58,7 @@ from cascade.errors import UserError
     help="As clean-fid does, or as pytorch-fid.",
 )
 @click.option("--seed", default=0, show_default=True)
-@click.option("--batch-size", type=int, help="As in `cascade sample`.")
+@click.option("--batch-size", type=int, help="As in `cascade sample`; s/picture depends on it.")
 @click.option("--text-weights", help="As in `cascade sample`.")
 @click.option("--mesh", help="As in `cascade sample`.")
 @process_options

@@ -19,6 +19,7 @@ from cascade.evaluation.features import Extractor
 from cascade.evaluation.record import SHOWN, Record
 from cascade.parallel.mesh import on_all_processes, whole_on_host
 from cascade.pipeline import Cascade, load
+from cascade.request import default_batch_size
 
 PROMPTS = 256  # prompts whose embeddings are held; a multiple of it goes through in whole batches
 
@@ -156,12 +157,16 @@ def measure(
       UserError: as `Cascade.draw_batches`, or the record can't be written.
     """
     first, done = True, record.count
+    rows = batch_size
+    if rows is None:  # the same wherever an interrupted evaluation goes on
+        side = max(stage.config.resolution for stage in pipe.stages)
+        rows = default_batch_size(pipe.mesh, side, PROMPTS)
     quiet = jax.process_index() > 0
     bar = tqdm(total=len(prompts), initial=done, desc=what, unit="picture", disable=quiet)
     with bar:
         while done < len(prompts):
             told = prompts[done : done + PROMPTS]
-            how = {"seed": seed, "first_index": done, "batch_size": batch_size, "progress": False}
+            how = {"seed": seed, "first_index": done, "batch_size": rows, "progress": False}
             if enlarged is None:
                 batches = pipe.draw_batches(told, **how, **setting._asdict())
             else:
