@@ -95,7 +95,12 @@ def joined(mesh, coordinator, processes, process):
 
 @click.command()
 @drawing_options
-@click.option("--prompt", required=True, multiple=True, help="What to draw; may be repeated.")
+@click.option(
+    "--prompt",
+    required=True,
+    multiple=True,
+    help='What to draw; may be repeated. "" draws without text.',
+)
 @click.option("--num", default=4, show_default=True, help="Pictures a prompt.")
 @click.option(
     "--first-index",

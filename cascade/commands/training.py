@@ -38,7 +38,8 @@ def demo(workdir, minutes):
 def reproduce(what, workdir, recipe):
     """Make the emoji cascade of few steps, from nothing.
 
-    A second run resumes what was interrupted and reuses what is done.
+    A second run resumes what was interrupted and reuses what is done. The small recipe takes some
+    five hours of a CPU core.
 
     Example: cascade reproduce emoji --workdir runs/emoji
     """
