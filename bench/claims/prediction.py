@@ -1,16 +1,14 @@
 """Does super-resolution shift colours if it predicts noise? (Ho et al. 2022, Imagen Video)
 
     python bench/claims/prediction.py
-    python bench/claims/prediction.py --config configs/emoji/demo_sr.py --steps 500 --num 64 \\
-      "--config.stage.network.strides=(1, 2, 2, 2)"                                  # on a CPU
+    python bench/claims/prediction.py --config configs/emoji/demo_sr.py --steps 500 --num 64  # CPU
 
 Super-resolution stages are trained alike to predict the noise (eps), the velocity (v) or the
 picture (x), each weighed as its own mean squared error, and enlarge real pictures, shrunk. A
 colour's shift is the difference of a picture's mean colour to the real one's, in levels of 255: its
 mean over pictures is a cast, its mean size a wandering from picture to picture.
 
-The second takes the demo's drawings (`cascade data build emoji --variant demo --out data/emoji`),
-and a network that folds no pixels into channels, through which noise is hard to say.
+The second takes the demo's drawings (`cascade data build emoji --variant demo --out data/emoji`).
 
 Whatever follows changes the config: --config.seed=1.
 """
