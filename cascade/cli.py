@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import signal
+import sys
 import traceback
 
 import click
@@ -27,6 +28,8 @@ from cascade.errors import Stopped, UserError
 from cascade.parallel import roll
 from cascade.parallel.environments import has_tpu
 
+AGAIN = 0.02  # seconds
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which schedulers send: it unwinds as Ctrl-C does, so nothing stays half-written."""
@@ -34,24 +37,39 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def unwound_when_terminated():
-    """Raises `Terminated` where SIGTERM finds the program; another can't stop the cleaning up."""
+    """Raises `Terminated` where SIGTERM finds the program; another can't stop the cleaning up.
+
+    Python drops what is raised in a destructor or a weak reference's callback, of which jax has
+    many. So where that is what the signal found, an alarm raises it once more, `AGAIN` s later.
+    """
 
     def stop(number, frame):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def dropped(unraisable):
+        if isinstance(unraisable.exc_value, Terminated):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            shown(unraisable)
+
+    shown, sys.unraisablehook = sys.unraisablehook, dropped
+    before = [(each, signal.signal(each, stop)) for each in (signal.SIGTERM, signal.SIGALRM)]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for each, handler in before:
+            signal.signal(each, handler or signal.SIG_DFL)
+        if sys.unraisablehook is dropped:  # else another's, which may call ours
+            sys.unraisablehook = shown
 
 
-class OneSentence(click.Group):
+class OneSentence(click.Command):
     """Says what the user did wrong, click's own complaints included, in one line: exit code 2."""
 
     def main(self, *args, standalone_mode: bool = True, **kwargs):
-        """Runs a command; see `click.Group.main`."""
+        """Runs a command; see `click.Command.main`."""
         try:
             with unwound_when_terminated():
                 return super().main(*args, standalone_mode=False, **kwargs)
@@ -77,8 +95,12 @@ class OneSentence(click.Group):
             roll.end("It failed, for the reason above.", 1)
 
 
+class Jobs(OneSentence, click.Group):
+    """All of `cascade <job>`."""
+
+
 @click.group(
-    cls=OneSentence,
+    cls=Jobs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="cascade-imagen")

@@ -24,7 +24,7 @@ from cascade.errors import UserError
 from cascade.evaluation.report import Drawing, StageSummary, write_report
 from cascade.evaluation.retrieval import nearest
 from cascade.files import write_whole
-from cascade.images import check_writable, contact_sheet, save_png
+from cascade.images import contact_sheet, save_png, writable_folder
 from cascade.pipeline import Cascade, load
 from cascade.training import metrics
 from cascade.training.export import bundle_runs
@@ -51,7 +51,7 @@ def run(workdir, *, minutes: float):
     """
     if not 0 < minutes < float("inf"):
         raise UserError(f"--minutes is {minutes}; give a positive number.")
-    workdir = check_writable(workdir)
+    workdir = writable_folder(workdir)
     parts = Parts(workdir / "parts.json")
     with parts.measured("build the data"):
         build_emoji(workdir / "data", variant="demo")

@@ -39,7 +39,7 @@ def to_float(image) -> np.ndarray:
     return np.asarray(image, np.uint8).astype(np.float32) / 127.5 - 1.0
 
 
-def check_writable(folder: str | os.PathLike) -> Path:
+def writable_folder(folder: str | os.PathLike) -> Path:
     """Makes `folder` and proves that a file can be written there, before hours of sampling.
 
     Raises:
@@ -58,7 +58,7 @@ def check_writable(folder: str | os.PathLike) -> Path:
         if file is not None:
             reason = f"{str(file)!r} is a file, not a folder"
         raise UserError(
-            f"Can't write to the output folder {str(folder)!r} ({reason}); "
+            f"Can't write to the folder {str(folder)!r} ({reason}); "
             "give a folder that you may write to, on a disk with free space."
         ) from error
     return folder
@@ -101,7 +101,7 @@ def save_png(path: str | os.PathLike, image, metadata: Mapping[str, str] | None 
                 f"The text {key!r} for {path.name} isn't valid Unicode ({error.reason}); "
                 "remove its lone surrogates."
             ) from error
-    check_writable(path.parent)
+    writable_folder(path.parent)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         Image.fromarray(np.asarray(image, np.uint8)).save(temporary, "PNG", pnginfo=info)

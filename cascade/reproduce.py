@@ -14,11 +14,12 @@ import click
 import jax
 
 from cascade import config as configs
+from cascade.bundle import PLACE
 from cascade.data.prepare import build_emoji
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import Against, score_bundles
 from cascade.files import write_whole
-from cascade.images import check_writable
+from cascade.images import writable_folder
 from cascade.training.distill import distill_cascade
 from cascade.training.export import bundle_runs
 from cascade.training.loop import FINISHED
@@ -79,12 +80,12 @@ def run(workdir, recipe: str):
 
     Raises:
       UserError: no such recipe, a folder that can't be written, or one begun by another recipe.
-      Stopped: SIGTERM or SIGINT came, and all is saved.
+      Stopped: SIGTERM came, and all is saved.
     """
     name = recipe or ("small" if jax.default_backend() == "cpu" else "full")
     if name not in RECIPES:
         raise UserError(f"There is no recipe {name!r}; choose from {', '.join(RECIPES)}.")
-    workdir = check_writable(workdir).absolute()
+    workdir = writable_folder(workdir).absolute()
     begin(workdir, name)
     with contextlib.chdir(workdir):
         make(RECIPES[name])
@@ -95,9 +96,17 @@ def run(workdir, recipe: str):
 def begin(workdir: pathlib.Path, name: str):
     """Writes down which recipe a folder is for, or checks that it is this one."""
     told = workdir / "recipe.txt"
-    if not told.is_file():
-        write_whole(told, name)
-    elif (before := told.read_text(encoding="utf-8")) != name:
+    try:
+        if not told.exists():
+            write_whole(told, name)
+        before = told.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{told} can't be read or written ({error}); give another --workdir."
+        ) from error
+    if before not in RECIPES:
+        raise UserError(f"{told} names no recipe; give another --workdir.")
+    if before != name:
         raise UserError(
             f"{workdir} was begun by the recipe {before!r}, not {name!r}; go on with "
             f"--recipe {before}, or give another --workdir."
@@ -111,15 +120,16 @@ def make(recipe: Recipe):
         if not pathlib.Path(stage, FINISHED).is_file():
             click.echo(f"Training the {stage} stage.")
             train(configs.load(spec), stage)
-    if not pathlib.Path("teachers").is_dir():
+    if not pathlib.Path("teachers", PLACE["mark"]).is_file():
         bundle_runs(list(recipe.stages), "teachers")
     if not pathlib.Path("few", FINISHED).is_file():
         click.echo("Distilling every stage.")
         lessons = configs.load_cascade([recipe.distill])
-        for lesson in lessons.values():
+        for stage, lesson in lessons.items():
             lesson.distill.teacher = "teachers"
+            lesson.distill.end_steps = recipe.students[stage]  # fewer aren't drawn with
         distill_cascade(lessons, "few")
-    if not pathlib.Path("bundle").is_dir():
+    if not pathlib.Path("bundle", PLACE["mark"]).is_file():
         students = [f"few/{stage}/students/{steps}" for stage, steps in recipe.students.items()]
         bundle_runs(students, "bundle", dtype="bfloat16")
     *_, last = recipe.stages.values()  # whose pictures are as large as those drawn

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from cascade.arguments import parsed_size
 from cascade.batches import Batch
-from cascade.images import check_png, check_writable, contact_sheet, read_image, save_png
+from cascade.images import check_png, contact_sheet, read_image, save_png, writable_folder
 from cascade.parallel.mesh import all_devices, on_all_processes, on_first_process
 from cascade.parallel.processes import agree
 from cascade.pipeline import Cascade, load
@@ -155,7 +155,7 @@ def upscale_to_file(
         progress=progress,
         **changes,
     )
-    on_first_process(functools.partial(check_writable, out.parent), mesh)
+    on_first_process(functools.partial(writable_folder, out.parent), mesh)
     (((enlarged,),),) = drawn  # the one picture of the one stage in the one batch
     metadata = _metadata(prompt, seed, first_index, settings)
     on_first_process(functools.partial(save_png, out, enlarged, metadata), mesh)
@@ -164,7 +164,7 @@ def upscale_to_file(
 
 def _check_place(out: str | os.PathLike, names: Iterable[str]):
     """Raises a UserError if `out` can't be written to, or a folder in it has one of `names`."""
-    if any(path.is_dir() for path in check_writable(out).glob("*.png")):
+    if any(path.is_dir() for path in writable_folder(out).glob("*.png")):
         for name in names:
             check_png(Path(out, name))
 

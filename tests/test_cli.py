@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
+import click
 import pytest
 from click.testing import CliRunner
 from one_level import flags
@@ -14,7 +16,7 @@ from processes import QUICK
 from tiny_cascade import stage_config, trained
 
 from cascade.bundle import save_bundle
-from cascade.cli import main
+from cascade.cli import OneSentence, main
 from cascade.images import read_metadata
 from cascade.text.encoders import ENCODERS
 
@@ -131,6 +133,7 @@ def test_describe_prints_a_table():
         (["--size", "large"], "size"),
         (["--seed", "-1"], "seed"),
         (["--prompt", "half a \ud83d smile"], "surrogate"),
+        (["--out", ""], "it is empty"),
     ],
 )
 def test_bad_drawing_options(bundle, tmp_path, options, said):
@@ -287,6 +290,23 @@ def test_an_export_that_is_stopped_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_sigterm_isnt_lost_on_a_destructor_which_cant_raise():
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    @click.command(cls=OneSentence)
+    def end():
+        Dying()
+        time.sleep(10)
+        pytest.fail("SIGTERM was dropped")
+
+    before = sys.unraisablehook
+    result = CliRunner().invoke(end)
+    assert result.exit_code == 143 and result.stderr.splitlines()[-1] == "error: Terminated."
+    assert sys.unraisablehook is before and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -331,7 +351,7 @@ def test_embedding_with_an_unknown_setting(tmp_path):
 
 FULL_DISK = """
 import resource, sys
-from cascade.cli import main
+from cascade.cli import OneSentence, main
 # Files beyond this size fail to grow, as on a full disk; the checkpoint's arrays need more.
 if sys.argv[1] != "none":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))

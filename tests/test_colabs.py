@@ -137,7 +137,7 @@ def test_they_are_in_good_order(path):
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     ids = [cell.id for cell in notebook.cells]
     assert ids[:2] == ["title", "install-about"] and "parameters" in ids
-    assert path.stat().st_size < 1_000_000
+    assert path.stat().st_size < 500_000
     # The same everywhere but for the extras: one address, and one line that installs.
     install = notebook.cells[ids.index("install")].source
     addresses = {

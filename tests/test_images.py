@@ -53,22 +53,22 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_check_writable_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
-    folder = images.check_writable(tmp_path / "a" / "b")
+def test_writable_folder_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
+    folder = images.writable_folder(tmp_path / "a" / "b")
     assert folder.is_dir() and not list(folder.iterdir())
 
 
-def test_check_writable_says_what_cannot_be_written(tmp_path):
+def test_writable_folder_says_what_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
-        images.check_writable(tmp_path / "file" / "folder")
+        images.writable_folder(tmp_path / "file" / "folder")
 
 
 def test_a_path_that_is_a_file_or_holds_a_nul(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file, not a folder"):
-        images.check_writable(tmp_path / "file")
-    for read_or_write in (images.check_writable, images.read_image):
+        images.writable_folder(tmp_path / "file")
+    for read_or_write in (images.writable_folder, images.read_image):
         with pytest.raises(UserError, match="null"):
             read_or_write("a\0b")
 

@@ -31,6 +31,14 @@ def test_what_is_refused(tmp_path):
         reproduce.run(tmp_path, "small")
 
 
+@pytest.mark.parametrize("written", [b"enormous", b"\xff", None])
+def test_a_folder_of_no_recipe_is_refused(tmp_path, written):
+    told = tmp_path / "recipe.txt"
+    told.mkdir() if written is None else told.write_bytes(written)
+    with pytest.raises(UserError, match=r"recipe\.txt .* another --workdir"):
+        reproduce.run(tmp_path, "small")
+
+
 @pytest.mark.slow
 def test_it_makes_a_bundle_that_draws_and_reuses_it(tmp_path, monkeypatch):
     reproduce.run(tmp_path, "smoke")

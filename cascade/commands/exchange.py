@@ -2,7 +2,7 @@
 
 import click
 
-from cascade.commands.parameters import Numbers
+from cascade.commands.parameters import Name, Numbers
 from cascade.errors import UserError
 
 
@@ -15,11 +15,12 @@ def import_():
 @click.option(
     "--source",
     "sources",
+    type=Name(),
     required=True,
     multiple=True,
     help="A diffusers pipeline's folder or hub id; repeat it for stages II and III.",
 )
-@click.option("--out", required=True, help="Folder of the bundle.")
+@click.option("--out", type=Name(), required=True, help="Folder of the bundle.")
 @click.option(
     "--dtype",
     default="float32",
@@ -60,7 +61,7 @@ TAKES = {  # target -> options that only some targets take
 @click.command()
 @click.option("--to", "target", required=True, type=click.Choice(list(TAKES)))
 @click.option("--bundle", required=True, help="The bundle's folder.")
-@click.option("--out", required=True, help="Folder to write.")
+@click.option("--out", type=Name(), required=True, help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export that is there.")
 @click.option(
     "--dtype",

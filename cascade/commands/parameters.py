@@ -19,6 +19,18 @@ class Numbers(click.ParamType):
         return numbers if len(numbers) > 1 else numbers[0]
 
 
+class Name(click.ParamType):
+    """A file's or folder's name. "" is none: as a path it would be the current folder."""
+
+    name = "TEXT"
+
+    def convert(self, value, param, ctx):
+        """The text as it is."""
+        if value == "":
+            self.fail("it is empty; give a name.", param, ctx)
+        return value
+
+
 class Ways(click.ParamType):
     """Comma-separated ways to draw, each one value, or one a stage between slashes: `64/30,8/4`."""
 

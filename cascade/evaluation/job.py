@@ -103,7 +103,8 @@ class Job:
         """
         against = self.against
         on_all_processes(functools.partial(check_scenes, self.scenes.values()), self.mesh)
-        self.resolution = whole("--resolution", against.resolution or side, 1, side)
+        self.resolution = side if against.resolution is None else against.resolution
+        whole("--resolution", self.resolution, 1, side)
         self.least = max(least, self.resolution)
         self.extractors = [efficientnet_lite0(self.mesh)]
         if against.inception:
@@ -152,6 +153,8 @@ class Job:
         reader = Reader(data, order, self.resolution, strict=False, least=self.least)
         found = pictures.measure(record, reader, most or len(order), self.extractors, name)
         if found < (most or LEAST):
+            if found < LEAST:
+                record.remove()  # another --resolution may do, which it would stand in the way of
             raise UserError(
                 f"{found} of {len(order)} pictures of the source can be used at "
                 f"{self.least}×{self.least}, fewer than {most or LEAST}; the others are "

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -66,6 +67,10 @@ class Record:
         if not together:
             return numbers
         return np.asarray(multihost_utils.broadcast_one_to_all(numbers.astype(np.int32)))
+
+    def remove(self):
+        """Takes the record away: what it holds is of no use."""
+        on_first_process(functools.partial(shutil.rmtree, self.folder), self.mesh)
 
     def _open(self, settings: Mapping[str, Any]):
         check_writable(self.folder, "evaluation in")

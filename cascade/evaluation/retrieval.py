@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cascade.data.preprocess import all_resized
 from cascade.errors import UserError
 from cascade.evaluation.neighbours import distances
 
@@ -26,6 +27,12 @@ def direction(features: np.ndarray) -> np.ndarray:
     """Features [N, D] at length 1: distances between them order as their cosines do."""
     x = np.asarray(features, np.float64)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, S, S, 3] as [N, D] in [0, 1]: of no more than 64×64 pixels each, shrunk by area."""
+    small = all_resized(images, min(64, images.shape[1]))
+    return small.reshape(len(images), -1) / 255
 
 
 def ranks(

@@ -227,6 +227,7 @@ class Roll:
     def __init__(self, process: int, processes: int, peers: dict[int, socket.socket]):
         self.process, self.processes, self.peers = process, processes, peers
         self.left = False
+        self.news = threading.Event()  # that another process was lost or has failed
         # jax calls abort() where its service is gone or hears nothing of a process any more.
         ctypes.CDLL(None).signal(signal.SIGABRT, ABORTED)
         threading.Thread(target=self._watch, daemon=True).start()
@@ -270,6 +271,7 @@ class Roll:
         """Another process was lost or has failed: passes it on, says so and ends this one."""
         if self.left:
             return
+        self.news.set()
         for peer in self.peers.values() if self.process == 0 else ():
             _send(peer, {"left": index, "code": code})
         if code == LOST:
@@ -313,8 +315,12 @@ def ABORTED(number):
 
 
 def wait_for_news():
-    """After an unforeseen failure: returns only if no other process's end explains it."""
-    time.sleep(GRACE)
+    """After an unforeseen failure: returns only if no other process's end explains it.
+
+    News of that end may come later than the failure.
+    """
+    if current.news.wait(2 * GRACE):
+        threading.Event().wait()  # for the thread that has the news, which ends this process
     ENDING.acquire()
 
 

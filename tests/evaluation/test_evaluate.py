@@ -335,6 +335,7 @@ def said(*arguments):
         (["--bundle", "bundle", "--steps", "2/2"], "steps has 2 values and one stage"),
         (["--bundle", "bundle", "--sampler", "none"], "sampler"),
         (["--bundle", "bundle", "--resolution", "9"], "1 to 8"),
+        (["--bundle", "bundle", "--resolution", "0"], "1 to 8"),
         (["--bundle", "bundle", "--among-all"], "config's two splits"),
         (["--bundle", "bundle", "--inception", "real/00.png"], "safetensors"),
         (["--bundle", "bundle", "--config.seed=1"], "changes a config"),
@@ -358,6 +359,24 @@ def test_what_is_wrong_is_said(arguments, wanted, folder, tmp_path, monkeypatch)
     (tmp_path / "mixed" / "large.txt").write_text("a larger thing\n")
     assert wanted in said("--source", "real", "--out", "out", *arguments)
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_what_was_refused_does_not_stand_in_the_way(folder, tmp_path):
+    for i in range(12):
+        side = 8 if i == 0 else 4
+        save_png(tmp_path / "some" / f"{i}.png", np.full((side, side, 3), 20 * i, np.uint8))
+        (tmp_path / "some" / f"{i}.txt").write_text("a thing\n")
+    asked = [
+        "--pictures",
+        folder / "real",
+        "--source",
+        tmp_path / "some",
+        "--out",
+        tmp_path / "out",
+    ]
+    assert "1 of 12 pictures" in said(*asked, "--resolution", 8)
+    result = CliRunner().invoke(main, ["evaluate", *map(str, asked), "--resolution", "4"])
+    assert result.exit_code == 0, result.output
 
 
 TOGETHER = """

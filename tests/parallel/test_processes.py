@@ -16,6 +16,7 @@ from cascade.errors import UserError
 
 @main.command("wait")
 def wait():
+    from cascade.parallel import roll
     from cascade.parallel.processes import agree, connect
     told = json.loads(os.environ["TOLD"])
     connect()
@@ -24,6 +25,9 @@ def wait():
     from jax.experimental import multihost_utils
     agree("config", told.get("config", {"train": {"steps": 3}}))
     print("joined", jax.process_index(), flush=True)
+    if "late" in told:
+        send = roll._send
+        roll._send = lambda *what: (time.sleep(told["late"]), send(*what))
     for step in range(told.get("steps", 1000)):
         if step == told.get("fails_at"):
             raise {"user": UserError("no space"), "bug": KeyError("a bug")}[told["with"]]
@@ -81,9 +85,10 @@ def joined(running):
     return lambda: all("joined" in output.out for output in running.outputs())
 
 
-def test_one_that_fails_says_why_and_the_others_that_it_did():
-    told = {"fails_at": 2, "with": "user"}
-    codes, outputs = run_processes(**joining(3, lambda i: told if i == 1 else {}))
+@pytest.mark.parametrize("late", [0, 1.5])  # seconds until process 0 passes the news on
+def test_one_that_fails_says_why_and_the_others_that_it_did(late):
+    told = {0: {"late": late}, 1: {"fails_at": 2, "with": "user"}, 2: {}}
+    codes, outputs = run_processes(**joining(3, told.get))
     assert codes == [2, 2, 2]
     stopped = "Process 1 has failed, and its output tells of what; this one stops."
     assert errors(outputs) == [

@@ -170,17 +170,13 @@ def test_another_version_is_named(monkeypatch):
 
 
 def test_a_sentence_has_its_own_line_where_a_bar_is_open():
-    @click.group(cls=OneSentence)
-    def group():
-        pass
-
-    @group.command()
+    @click.command(cls=OneSentence)
     def fail():
         bar = tqdm(total=3)
         bar.update(0)
         raise UserError("It broke.")
 
-    result = CliRunner().invoke(group, ["fail"])
+    result = CliRunner().invoke(fail)
     assert result.exit_code == 2
     *_, bar, said, end = re.split("[\r\n]", result.stderr)
     assert "0/3" in bar and (said, end) == ("error: It broke.", "")
