@@ -5,12 +5,13 @@
 
 Of the base stage, captions of the training set are drawn by the teacher in 64, 32, … 1 steps of
 DDIM and of DPM-Solver++(2M), and by every student that is there, all guided by the same weight, and
-compared with the set's own pictures as `cascade evaluate` does. Of the whole cascade the same is
+compared with the set's own pictures as `cascade evaluate` does. A super-resolution stage enlarges
+the set's pictures, shrunk, in all the same ways from 32 steps on. Of the whole cascade the same is
 done for the teachers in 50/30 steps and for students of 8/4; seconds a picture are of this one run,
 the first batch, which compiles, left out. What is there already in `--out` is gone on with. Results
-go to bench/results/.
+go to bench/results/, named after the stages' folders.
 
-Whatever follows changes the config: --config.data.eval_source.data_dir=elsewhere.
+Whatever follows changes the config: --config.data.source.sources.singles.data_dir=elsewhere.
 """
 
 import json
@@ -20,9 +21,15 @@ import sys
 from pathlib import Path
 
 import click
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from cascade.arguments import per_stage
+from cascade.bundle import load_bundle
+from cascade.cli import OneSentence
+from cascade.commands.parameters import Numbers
+from cascade.errors import UserError
 from cascade.evaluation.drawn import Drawing, Setting
 from cascade.evaluation.evaluate import Against, score_drawings
 from cascade.files import write_whole
@@ -31,44 +38,64 @@ from cascade.training.export import bundle_runs
 RESULTS = Path(__file__).parent / "results"
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(cls=OneSentence, context_settings={"ignore_unknown_options": True})
 @click.option("--run", required=True, type=Path, help="What `cascade distill --cascade` left.")
 @click.option("--config", required=True, help="Whose training pictures are drawn after.")
 @click.option("--out", default="runs/few_steps", type=Path, show_default=True)
 @click.option("--num", default=1000, show_default=True, help="Pictures of the base stage.")
-@click.option("--whole", default=64, show_default=True, help="Pictures of the cascade.")
+@click.option("--whole", default=64, show_default=True, help="Pictures of each larger one.")
 @click.option("--guidance", default=2.0, show_default=True, help="Of the base stage.")
 @click.option("--sr-guidance", default=1.5, show_default=True, help="Of the other.")
-@click.option("--slow-steps", nargs=2, default=(50, 30), show_default=True, help="Of the teachers.")
-@click.option("--fast-steps", nargs=2, default=(8, 4), show_default=True, help="Of the students.")
+@click.option(
+    "--slow-steps", type=Numbers(int), default="50,30", show_default=True, help="Of the teachers."
+)
+@click.option(
+    "--fast-steps", type=Numbers(int), default="8,4", show_default=True, help="Of the students."
+)
 @click.option("--name", default="few-steps", show_default=True, help="Of the results' files.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def main(
     run, config, out, num, whole, guidance, sr_guidance, slow_steps, fast_steps, name, overrides
 ):
     """Draws, scores and writes."""
-    stages = sorted(path.parent for path in run.glob("*/students"))
+    stages = sorted({path.parents[1] for path in run.glob("*/students/[0-9]*")}, key=side)
     if not stages:
-        raise click.UsageError(f"{run} holds no students; distil first.")
-    parts = {"base": (num, of_base(stages[0], guidance))}
-    if len(stages) > 1:
-        weights = (guidance, sr_guidance)
-        parts["cascade"] = (whole, of_both(stages, out, weights, slow_steps, fast_steps))
+        raise UserError(f"{run} holds no students; distil first.")
+    base, *larger = stages
+    weights = (guidance, *[sr_guidance] * len(larger))
+    parts = [(base.name, num, of_one(base, guidance), None)]
+    # Each bundle of `larger` holds one stage, number 0.
+    parts += [(each.name, whole, of_one(each, sr_guidance), 0) for each in larger]
+    if larger:
+        slow_steps, fast_steps = (
+            per_stage("--steps", x, len(stages)) for x in (slow_steps, fast_steps)
+        )
+        both = of_both(stages, out, weights, slow_steps, fast_steps)
+        parts.append(("cascade", whole, both, None))
     found = {}
-    for part, (count, drawings) in parts.items():
+    for part, count, drawings, stage in parts:
         against = Against(config, out / part, "train", overrides)
-        click.echo(score_drawings(against, drawings, num=count))
+        click.echo(score_drawings(against, drawings, num=count, stage=stage))
         found[part] = keep(out / part, f"{name}-{part}")
-    plot(found["base"]).savefig(RESULTS / f"{name}.png", dpi=120)
+    figure = Figure(figsize=(6 * len(stages), 4), layout="constrained")
+    for axes, each in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        plot(axes, each.name, found[each.name])
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
     seconds = [row["s/picture"] for row in found.get("cascade", [])[:2]]
     if seconds and None not in seconds:  # where all fits one batch, that compiled, there are none
         slow, fast = seconds
+        steps = "/".join(map(str, fast_steps))
         found["times faster"] = slow / fast
-        click.echo(f"In {fast_steps} steps a picture takes {slow / fast:.1f} times less time.")
+        click.echo(f"In {steps} steps a picture takes {slow / fast:.1f} times less time.")
     write_whole(RESULTS / f"{name}.json", json.dumps(found, indent=1))
 
 
-def of_base(stage: Path, guidance: float) -> list[Drawing]:
+def side(stage: Path) -> int:
+    """Of the pictures that a stage draws, pixels."""
+    return load_bundle(stage / "teacher").stages[0].stage.config.resolution
+
+
+def of_one(stage: Path, guidance: float) -> list[Drawing]:
     """Every way in which a stage is drawn with, the teacher's first."""
     learnt = [int(path.name) for path in (stage / "students").iterdir() if path.name.isdigit()]
     learnt = sorted(learnt, reverse=True)
@@ -109,10 +136,8 @@ def keep(evaluation: Path, name: str) -> list[dict]:
     return json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))["rows"]
 
 
-def plot(rows: list[dict]) -> Figure:
-    """Fréchet distance over the number of steps, a line for each way to draw."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+def plot(axes: Axes, stage: str, rows: list[dict]):
+    """A stage's Fréchet distance over the number of steps, a line for each way to draw."""
     told = [row for row in rows if row.get("steps")]  # but for the real ones
     for artist, sampler in dict.fromkeys((row["by"], row["sampler"]) for row in told):
         line = [row for row in told if (row["by"], row["sampler"]) == (artist, sampler)]
@@ -124,11 +149,11 @@ def plot(rows: list[dict]) -> Figure:
     axes.minorticks_off()
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_title(stage)
     axes.set_xlabel("steps")
     axes.set_ylabel("FID-EffLite0")
     axes.legend()
     axes.grid(alpha=0.3)
-    return figure
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 import click
 
 from cascade.bundle import SHIPPED, load_bundle, save_bundle
+from cascade.cli import OneSentence
 from cascade.files import write_whole
 from cascade.pipeline import load
 
@@ -30,9 +31,9 @@ SAMPLE = [sys.executable, "-c", "from cascade.cli import main; main()", "sample"
 PROMPT = "a red apple"
 
 
-@click.command()
+@click.command(cls=OneSentence)
 @click.option("--bundle", default=SHIPPED, type=Path, help="[default: the package's own]")
-@click.option("--repeats", default=3, show_default=True)
+@click.option("--repeats", default=3, type=click.IntRange(min=1), show_default=True)
 def main(bundle, repeats):
     """Times both, and writes the table."""
     rows = []

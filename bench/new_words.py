@@ -18,12 +18,13 @@ from pathlib import Path
 import click
 
 from cascade.bundle import SHIPPED
+from cascade.cli import OneSentence
 from cascade.commands.parameters import Numbers
 from cascade.data.emoji.builder import single_drawings
 from cascade.data.preprocess import all_resized
 from cascade.evaluation import scores
 from cascade.evaluation.features import efficientnet_lite0
-from cascade.evaluation.retrieval import among, direction, nearest, ranks
+from cascade.evaluation.retrieval import among, direction, nearest, pixels, ranks
 from cascade.files import write_whole
 from cascade.images import contact_sheet, save_png
 from cascade.parallel.mesh import all_devices
@@ -33,7 +34,7 @@ NEW_WORDS = Path(__file__).parent / "claims" / "new_words.tsv"
 RESULTS = Path(__file__).parent / "results"
 
 
-@click.command()
+@click.command(cls=OneSentence)
 @click.option("--bundle", default=SHIPPED, type=Path, help="[default: the package's own]")
 @click.option("--guidance", type=Numbers(float), help="One a stage. [default: the bundle's]")
 @click.option("--batch-size", default=8, show_default=True)
@@ -49,7 +50,7 @@ def main(bundle, guidance, batch_size, name):
     images = pipe(prompts, guidance=guidance, batch_size=batch_size)
     seen_by = {
         "features": lambda pictures: direction(extractor.all_of(pictures, "features")),
-        "pixels": lambda pictures: all_resized(pictures, 64).reshape(len(pictures), -1) / 255,
+        "pixels": pixels,
     }
     rows, each = [], [dict(row) for row in asked]
     for by, see in seen_by.items():

@@ -14,7 +14,7 @@ Whatever follows changes the config: --config.seed=1.
 
 import itertools
 
-from experiment import Judge, cascade_of, command, pictures, report, trained
+from experiment import Judge, cascade_of, check_side, command, pictures, report, trained
 
 from cascade import config as configs
 
@@ -23,26 +23,28 @@ LEVELS = (0.0, 0.1, 0.2, 0.3, 0.5)
 
 
 @command("configs/emoji/small_sr.py", 5000, out="runs/claims/augmentation")
-def main(base, config, steps, num, out, overrides):
+def main(base, config, steps, num, name, out, overrides):
     """Trains, draws, compares."""
     loaded = configs.load(config, overrides)
+    drawing = cascade_of([base])
+    check_side(drawing, loaded.stage.lowres_resolution)
     real = pictures(loaded, loaded.stage.resolution, num)
     inputs = {"real": real.images}  # which `upscale` shrinks as training did
-    inputs["drawn"] = cascade_of([base])(real.captions)
+    inputs["drawn"] = drawing(real.captions, seed=loaded.seed)
     changes = {"with": {}, "without": {"stage__aug_schedule": CLEAN}}
     runs = {
-        name: trained(config, out / name, overrides, train__steps=steps, **change)
-        for name, change in changes.items()
+        way: trained(config, out / way, overrides, train__steps=steps, **change)
+        for way, change in changes.items()
     }
     judge = Judge(real)
     rows = []
-    for (name, run), (kind, lowres) in itertools.product(runs.items(), inputs.items()):
+    for (way, run), (kind, lowres) in itertools.product(runs.items(), inputs.items()):
         pipe = cascade_of([base, run])
-        for level in LEVELS if name == "with" else LEVELS[:1]:
-            images = pipe.upscale(lowres, real.captions, aug_level=level)
-            row = {"augmentation": name, "input": kind, "level": level, "pictures": len(images)}
+        for level in LEVELS if way == "with" else LEVELS[:1]:
+            images = pipe.upscale(lowres, real.captions, aug_level=level, seed=loaded.seed)
+            row = {"augmentation": way, "input": kind, "level": level, "pictures": len(images)}
             rows.append(row | judge(images, real.captions))
-    report("augmentation", rows, f"Super-resolution stages of {steps} steps each.")
+    report(name, rows, f"Super-resolution stages of {steps} steps each.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the claims have in common: variants of a config, trained; pictures of its source; scores."""
 
-import functools
 import itertools
 import json
 import shlex
@@ -15,12 +14,13 @@ from tqdm import tqdm
 
 from cascade import config as configs
 from cascade.bundle import TrainedStage
+from cascade.cli import OneSentence
 from cascade.data.loader import make_source
-from cascade.data.preprocess import Preprocess, all_resized, colour
+from cascade.data.preprocess import Preprocess, colour
 from cascade.errors import UserError
 from cascade.evaluation import scores
 from cascade.evaluation.features import efficientnet_lite0
-from cascade.evaluation.retrieval import among, direction, ranks
+from cascade.evaluation.retrieval import among, direction, pixels, ranks
 from cascade.files import write_whole
 from cascade.parallel.mesh import all_devices
 from cascade.pipeline import Cascade
@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def command(config: str, steps: int, *, base: bool = True, out: str = "") -> Callable:
-    """Makes a claim's `main(config, steps, num, overrides)` a command, its module's text the help.
+    """Makes a claim's `main(config, steps, num, name, overrides)` a command, its text the help.
 
     `base` and `out` are further arguments where they are asked for.
 
@@ -70,17 +70,14 @@ def command(config: str, steps: int, *, base: bool = True, out: str = "") -> Cal
         options.append(click.option("--out", default=out, type=Path, show_default=True, help=said))
 
     def decorate(main: Callable) -> click.Command:
-        @functools.wraps(main)
-        def polite(**arguments):
-            try:
-                main(**arguments)
-            except UserError as error:
-                raise click.UsageError(str(error)) from error
-
-        for option in reversed(options):
-            polite = option(polite)
         about = "\n\n".join(f"\b\n{part}" for part in main.__globals__["__doc__"].split("\n\n"))
-        return click.command(help=about, context_settings={"ignore_unknown_options": True})(polite)
+        name = f"claims-{Path(main.__globals__['__file__']).stem}"
+        said = "Of the results' files."
+        main = click.option("--name", default=name, show_default=True, help=said)(main)
+        for option in reversed(options):
+            main = option(main)
+        settings = {"ignore_unknown_options": True}
+        return click.command(cls=OneSentence, help=about, context_settings=settings)(main)
 
     return decorate
 
@@ -145,6 +142,13 @@ def cascade_of(folders: Sequence[Path], **sampling: Any) -> Cascade:
     return Cascade(stages, read[0].text, encoder)
 
 
+def check_side(pipe: Cascade, side: int):
+    """Refuses a base stage that draws pictures of another size than is needed."""
+    drawn = pipe.stages[0].config.resolution
+    if drawn != side:
+        raise UserError(f"--base draws {drawn}×{drawn}, and {side}×{side} is needed; give another.")
+
+
 class Judge:
     """Compares pictures with real ones by EfficientNet-Lite0's features, and by what is nearest."""
 
@@ -165,16 +169,10 @@ class Judge:
         return row
 
 
-def pixels(images: np.ndarray) -> np.ndarray:
-    """uint8 [N, S, S, 3] as [N, D] in [0, 1], of no more than 64×64 pixels each."""
-    small = all_resized(images, min(64, images.shape[1]))
-    return small.reshape(len(images), -1) / 255
-
-
 def report(name: str, rows: Sequence[Mapping[str, Any]], said: str):
-    """Writes bench/results/claims-<name>.md and .json (command, summary, rows), and prints them."""
+    """Writes bench/results/<name>.md (command, summary, table) and .json (rows); prints them."""
     command = f"`python {shlex.join([f'bench/claims/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`"
     table = scores.markdown(*scores.table(rows))
-    write_whole(RESULTS / f"claims-{name}.md", f"{command}\n\n{said}\n\n{table}\n")
-    write_whole(RESULTS / f"claims-{name}.json", json.dumps(rows, indent=1))
+    write_whole(RESULTS / f"{name}.md", f"{command}\n\n{said}\n\n{table}\n")
+    write_whole(RESULTS / f"{name}.json", json.dumps(rows, indent=1))
     print(f"{said}\n\n{table}")

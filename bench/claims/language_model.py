@@ -22,6 +22,7 @@ from experiment import Judge, cascade_of, command, pictures, report, trained
 from safetensors.numpy import load_file, save_file
 
 from cascade import config as configs
+from cascade.files import check_writable
 from cascade.text.bert import VENDORED
 
 NEW_WORDS = Path(__file__).parent / "new_words.tsv"
@@ -29,9 +30,10 @@ SCALE = 0.02  # the standard deviation of BERT's weights at birth
 
 
 @command("configs/emoji/small_base.py", 7500, base=False, out="runs/claims/language_model")
-def main(config, steps, num, out, overrides):
+def main(config, steps, num, name, out, overrides):
     """Trains, draws, compares."""
     loaded = configs.load(config, overrides)
+    check_writable(out, "claim in")
     known = pictures(loaded, loaded.stage.resolution, num, scenes=False)
     judge = Judge(known)
     with open(NEW_WORDS, encoding="utf-8") as file:
@@ -41,16 +43,16 @@ def main(config, steps, num, out, overrides):
         "new words": ([row["prompt"] for row in new], [row["caption"] for row in new]),
     }
     rows = []
-    for name, weights in {"learned": "", "random": str(unlearned(out / "encoder"))}.items():
-        run = trained(config, out / name, overrides, train__steps=steps, text__weights=weights)
+    for encoder, weights in {"learned": "", "random": str(unlearned(out / "encoder"))}.items():
+        run = trained(config, out / encoder, overrides, train__steps=steps, text__weights=weights)
         pipe = cascade_of([run])
         for kind, (prompts, meant) in asked.items():
             if not prompts:  # of such pictures the list knows no other words
                 continue
-            images = pipe(prompts)
-            row = {"encoder": name, "prompts": kind, "pictures": len(images)}
+            images = pipe(prompts, seed=loaded.seed)
+            row = {"encoder": encoder, "prompts": kind, "pictures": len(images)}
             rows.append(row | judge(images, meant))
-    report("language_model", rows, f"Base stages of {steps} steps each.")
+    report(name, rows, f"Base stages of {steps} steps each.")
 
 
 def unlearned(folder: Path) -> Path:

@@ -12,7 +12,7 @@ named, by features and by pixels.
 Whatever follows changes the config: --config.seed=1.
 """
 
-from experiment import RESULTS, Judge, cascade_of, command, pictures, report
+from experiment import RESULTS, Judge, cascade_of, check_side, command, pictures, report
 from matplotlib.figure import Figure
 
 from cascade import config as configs
@@ -25,22 +25,23 @@ THRESHOLDS = {
 
 
 @command("configs/emoji/small_base.py", 30)
-def main(base, config, steps, num, overrides):
+def main(base, config, steps, num, name, overrides):
     """Draws, compares, plots."""
     loaded = configs.load(config, overrides)
+    pipes = {way: cascade_of([base], threshold=told) for way, told in THRESHOLDS.items()}
+    check_side(pipes["static"], loaded.stage.resolution)
     real = pictures(loaded, loaded.stage.resolution, num, scenes=False)
     judge = Judge(real)
     rows = []
-    for name, threshold in THRESHOLDS.items():
-        pipe = cascade_of([base], threshold=threshold)
+    for way, pipe in pipes.items():
         for weight in WEIGHTS:
-            images = pipe(real.captions, steps=steps, guidance=weight)
+            images = pipe(real.captions, steps=steps, guidance=weight, seed=loaded.seed)
             saturated = ((images == 0) | (images == 255)).mean()
-            row = {"threshold": name, "guidance": weight, "pictures": len(images)}
+            row = {"threshold": way, "guidance": weight, "pictures": len(images)}
             found = judge(images, real.captions)
             rows.append(row | found | {"saturated": saturated})
-    report("thresholding", rows, f"Drawn in {steps} steps.")
-    plot(rows).savefig(RESULTS / "claims-thresholding.png", dpi=120)
+    report(name, rows, f"Drawn in {steps} steps.")
+    plot(rows).savefig(RESULTS / f"{name}.png", dpi=120)
 
 
 def plot(rows) -> Figure:
@@ -48,10 +49,10 @@ def plot(rows) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     parts = figure.subplots(1, 2, sharey=True)
     for axes, by in zip(parts, ("features", "pixels"), strict=True):
-        for name in THRESHOLDS:
-            line = [row for row in rows if row["threshold"] == name]
+        for way in THRESHOLDS:
+            line = [row for row in rows if row["threshold"] == way]
             x, y = [row[f"top-1, {by}"] for row in line], [row["FID-EffLite0"] for row in line]
-            axes.plot(x, y, "o-", label=name)
+            axes.plot(x, y, "o-", label=way)
             for row, *place in zip(line, x, y, strict=True):
                 axes.annotate(f"{row['guidance']:g}", place, fontsize=7)
         axes.set_xlabel(f"top-1 retrieval by {by}")

@@ -2,6 +2,10 @@
 
 cascade data build emoji --variant demo --out data/emoji
 cascade train --config configs/emoji/demo_base.py --workdir runs/demo_base
+
+1,200 updates of 32 in 7 min 55 s on two cores of a 2.6 GHz x86-64 machine; with `demo_sr.py` all 64
+captions draw what is nearest, by pixels, to the drawing that they name (README,
+"From nothing to a picture").
 """
 
 from ml_collections import ConfigDict

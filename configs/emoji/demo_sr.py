@@ -1,6 +1,9 @@
 """`cascade demo`'s super-resolution stage, 32 → 128, trained on 64² crops.
 
 cascade train --config configs/emoji/demo_sr.py --workdir runs/demo_sr
+
+900 updates of 16 in 5 min 44 s on two cores of a 2.6 GHz x86-64 machine; `demo_base.py` says what
+both draw.
 """
 
 from ml_collections import ConfigDict

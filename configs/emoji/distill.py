@@ -6,6 +6,8 @@
     cascade distill --cascade --config configs/emoji/distill.py --workdir runs/few
     cascade sample --bundle runs/few/bundle --prompt 'a red apple' --out pictures
 
+Sized for one modern GPU, and never run to its end: none was at hand.
+
 One stage alone is `configs/emoji/distill.py:base` or `:sr256`, of which
 `--config.distill.teacher=runs/base` names the teacher. `:smoke` shrinks both, and
 `:base:smoke` one.
@@ -26,7 +28,6 @@ def get_config(arg: str = "") -> ConfigDict:
     distillation.of(config.sr256, teacher="my-bundle", steps=(32, 4), guidance=(1.0, 3.0))
     for each in config.values():
         each.train.steps = each.train.learning_rate.decay_steps = 8_000
-        each.distill.updates_last = 16_000
         each.train.learning_rate.peak = 1e-4
         if variant == "smoke":
             distillation.shrink(each)

@@ -10,7 +10,7 @@
 What the last command makes comes with the package. To those students it took 18 min for the base
 stage and 17 min for the other, each on one core of two (AMD EPYC), compiling left out; to the last
 ones some 33 and 31. cascade/shipped/README.md has what they draw, and
-bench/results/few-steps-base.md what all students of a base stage of 12,000 updates did.
+bench/results/few-steps-base.md and few-steps-sr.md what all students do.
 
 One stage alone is `configs/emoji/small_distill.py:base` or `:sr`, and `:smoke` shrinks either.
 """

@@ -1,6 +1,8 @@
 """The 64 → 256 stage above `base64.py`: an Efficient U-Net trained on 128² crops.
 
 cascade train --config configs/emoji/sr256.py --workdir runs/sr256
+
+Sized for one modern GPU, and never trained to its end: none was at hand.
 """
 
 from ml_collections import ConfigDict
