@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from cascade.arguments import per_stage
-from cascade.bundle import load_bundle
 from cascade.cli import OneSentence
 from cascade.commands.parameters import Numbers
 from cascade.errors import UserError
@@ -92,7 +91,8 @@ def main(
 
 def side(stage: Path) -> int:
     """Of the pictures that a stage draws, pixels."""
-    return load_bundle(stage / "teacher").stages[0].stage.config.resolution
+    config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
+    return config["stage"]["resolution"]
 
 
 def of_one(stage: Path, guidance: float) -> list[Drawing]:

@@ -158,16 +158,18 @@ def run(
             state, metrics = step_fn(state, batch, key, *task.given(step - 1))
             observer.after_step(step, state, metrics, bar)
             bar.update()
-            last = step == settings.steps or asked_to_stop(step)
+            stop = asked_to_stop(step)
+            last = stop or step == settings.steps
             if due(step, settings.checkpoint_every) or last:
                 observer.check_finite(step, metrics)
                 saved = configs.to_json(config), encoder.fingerprint
                 checkpoints.save(step, state, batches, *saved)
             if last:
                 break
-    if step < settings.steps:
+    if step == settings.steps:
+        finish(workdir, step)
+    if stop:  # even so: what would have followed, another stage or student, doesn't begin
         raise Stopped(f"Stopped at step {step}, saved; the same command goes on.")
-    finish(workdir, step)
     return state
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from PIL import Image
 
 from cascade import config
 from cascade.cli import main
-from cascade.errors import UserError
+from cascade.errors import Stopped, UserError
 from cascade.text.bert import VENDORED
 from cascade.training import metrics
 from cascade.training import train as training
 from cascade.training.export import bundle_runs
 from cascade.training.loop import write_config
+from cascade.training.observe import Observer
 from cascade.training.same_run import check_same
 from cascade.training.train import train
 
@@ -70,6 +72,19 @@ def test_a_finished_run_started_again_changes_nothing(run, remat):
     again.stage.network.remat = remat  # what is recomputed is no part of what a run is
     train(again, run[0], progress=False)
     assert (run[0] / "metrics.jsonl").read_text() == before
+
+
+def test_sigterm_in_the_last_step_stops_what_would_follow(run, tmp_path, monkeypatch):
+    def after_step(observer, step, *given, go_on=Observer.after_step):
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        go_on(observer, step, *given)
+
+    monkeypatch.setattr(Observer, "after_step", after_step)
+    with pytest.raises(Stopped, match="at step 4, saved"):
+        train(run[1], tmp_path, progress=False)
+    assert json.loads((tmp_path / "finished.json").read_text()) == {"step": 4}
+    train(run[1], tmp_path, progress=False)  # goes on to the end, which is here
 
 
 @pytest.fixture

@@ -209,13 +209,21 @@ def make_record(item: Item) -> dict:
     }
 
 
-def single_drawings(variant: str, side: int) -> tuple[np.ndarray, list[str]]:
+def single_drawings(
+    variant: str, side: int, style: str | None = None
+) -> tuple[np.ndarray, list[str]]:
     """What a variant trains on, but for scenes, on white, and each one's plainest caption.
+
+    Args:
+      style: instead, the same ideas in this style, as far as it has them.
 
     Returns:
       uint8 [N, side, side, 3], and N captions.
     """
     singles = heldout_split(DEFAULTS[variant])["train"]
+    if style is not None:
+        hexcodes = dict.fromkeys(single.hexcode for single in singles)
+        singles = [Single(each, style) for each in hexcodes if each in svg_paths(style)]
     settings = DEFAULTS[variant]._replace(resolution=side)
     records = [make_record(Item(single.hexcode, single, settings)) for single in singles]
     on_white = Preprocess(side, colour("#ffffff"), min_side=1, max_aspect=4.0)
