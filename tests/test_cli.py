@@ -351,7 +351,7 @@ def test_embedding_with_an_unknown_setting(tmp_path):
 
 FULL_DISK = """
 import resource, sys
-from cascade.cli import OneSentence, main
+from cascade.cli import main
 # Files beyond this size fail to grow, as on a full disk; the checkpoint's arrays need more.
 if sys.argv[1] != "none":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
