@@ -34,7 +34,7 @@ class Recipe(NamedTuple):
       stages: name -> spec of its config, base first.
       distill: spec of the config that distils them, under the same names.
       students: of each stage, in how many steps the one draws that the bundle is made of.
-      pictures: how many are drawn to score it.
+      pictures: how many of each split are drawn to score it.
     """
 
     variant: str
@@ -54,9 +54,9 @@ RECIPES = {
     ),
     "full": Recipe(
         "full",
-        {"base": "configs/emoji/base64.py", "sr256": "configs/emoji/sr256.py"},
-        "configs/emoji/distill.py",
-        {"base": 4, "sr256": 4},
+        {"base": "configs/emoji/full_base.py", "sr": "configs/emoji/full_sr.py"},
+        "configs/emoji/full_distill.py",
+        {"base": 8, "sr": 4},
         2000,
     ),
     # A check of the whole way, in minutes.
@@ -133,5 +133,7 @@ def make(recipe: Recipe):
         students = [f"few/{stage}/students/{steps}" for stage, steps in recipe.students.items()]
         bundle_runs(students, "bundle", dtype="bfloat16")
     *_, last = recipe.stages.values()  # whose pictures are as large as those drawn
-    against = Against(last, "evaluation", "train")
-    click.echo(score_bundles(against, ["bundle"], num=recipe.pictures))
+    for split in ("train", "heldout"):
+        click.echo(f"Evaluating it on the {split} split.")
+        against = Against(last, f"evaluation/{split}", split, among_all=True)
+        click.echo(score_bundles(against, ["bundle"], num=recipe.pictures))

@@ -1,5 +1,6 @@
 """The emoji cascade's recipes: whole, refused where they don't fit, and run to their end."""
 
+import jax
 import pytest
 from click.testing import CliRunner
 
@@ -7,6 +8,9 @@ from cascade import config, reproduce
 from cascade.cli import main
 from cascade.data.emoji.builder import DEFAULTS
 from cascade.errors import UserError
+from cascade.parallel.topology import KINDS
+from cascade.stage import Stage
+from cascade.training.distill import Lesson
 from cascade.training.halvings import halvings
 
 
@@ -20,6 +24,25 @@ def test_a_recipe_has_what_it_names(name):
         trained = config.load(recipe.stages[stage])
         assert trained.stage.resolution == lesson.stage.resolution
         assert str(recipe.students[stage]) in [halving.name for halving in halvings(lesson)]
+
+
+def test_the_full_recipe_fits_half_an_hour_and_60_mb():
+    recipe = reproduce.RECIPES["full"]
+    lessons = config.load_cascade([recipe.distill])
+    parameters, flops = 0, 0.0
+    for name, spec in recipe.stages.items():
+        whole = config.load(spec)
+        stage = Stage(whole.stage)
+        sections = {"": whole.stage} | {h.name: h.config.stage for h in halvings(lessons[name])}
+        flops += 3 * stage.forward_flops * whole.train.steps * whole.train.batch_size
+        for each in halvings(lessons[name]):
+            lesson = Lesson(Stage(sections[each.teacher]), Stage(each.config.stage), each)
+            flops += lesson.flops * each.config.train.steps * each.config.train.batch_size
+        made = jax.eval_shape(Stage(each.config.stage).init, jax.random.key(0))
+        parameters += sum(array.size for array in jax.tree.leaves(made))
+    assert parameters * 2 < 60e6  # bytes, in bfloat16
+    # At an eighth of the peak; the rest is for data, compiling and the evaluation.
+    assert flops / (KINDS["NVIDIA H200"].flops / 8) < 15 * 60
 
 
 def test_what_is_refused(tmp_path):
@@ -42,7 +65,8 @@ def test_a_folder_of_no_recipe_is_refused(tmp_path, written):
 @pytest.mark.slow
 def test_it_makes_a_bundle_that_draws_and_reuses_it(tmp_path, monkeypatch):
     reproduce.run(tmp_path, "smoke")
-    assert (tmp_path / "evaluation" / "report.html").is_file()
+    for split in ("train", "heldout"):
+        assert (tmp_path / "evaluation" / split / "report.html").is_file()
     words = ["sample", "--bundle", str(tmp_path / "bundle"), "--prompt", "a cat", "--num", "1"]
     drawn = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "out")])
     assert drawn.exit_code == 0, drawn.output

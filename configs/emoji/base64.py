@@ -1,7 +1,7 @@
 """A 64×64 base stage on emoji drawings and composed scenes: every setting stated.
 
-Sized for one modern GPU, and never trained to its end: none was at hand. `configs/emoji/sr256.py`
-enlarges what it draws.
+Sized for some hours of one modern GPU (2.6 EFLOP), and never trained to its end: none was at hand.
+`configs/emoji/sr256.py` enlarges what it draws; `full_base.py` is for minutes.
 
     cascade data build emoji --out data/emoji
     cascade train --config configs/emoji/base64.py --workdir runs/base
