@@ -10,6 +10,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import traceback
 
 import click
@@ -40,27 +41,36 @@ def unwound_when_terminated():
     """Raises `Terminated` where SIGTERM finds the program; another can't stop the cleaning up.
 
     Python drops what is raised in a destructor or a weak reference's callback, of which jax has
-    many. So where that is what the signal found, an alarm raises it once more, `AGAIN` s later.
+    many. So where that is what SIGTERM or Ctrl-C found, it is sent once more, `AGAIN` s later.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can catch signals
+        return
+    resent = None
 
     def stop(number, frame):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
     def dropped(unraisable):
+        nonlocal resent
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            return shown(unraisable)
+        number = signal.SIGINT
         if isinstance(unraisable.exc_value, Terminated):
-            signal.setitimer(signal.ITIMER_REAL, AGAIN)
-        else:
-            shown(unraisable)
+            number = signal.SIGTERM
+            signal.signal(number, stop)
+        resent = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+        resent.start()
 
     shown, sys.unraisablehook = sys.unraisablehook, dropped
-    before = [(each, signal.signal(each, stop)) for each in (signal.SIGTERM, signal.SIGALRM)]
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for each, handler in before:
-            signal.signal(each, handler or signal.SIG_DFL)
+        if resent is not None:
+            resent.cancel()
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         if sys.unraisablehook is dropped:  # else another's, which may call ours
             sys.unraisablehook = shown
 
@@ -90,7 +100,8 @@ class OneSentence(click.Command):
         except Exception:
             if roll.current is None:
                 raise
-            roll.wait_for_news()  # it may come of another's end, which says more
+            with contextlib.suppress(KeyboardInterrupt):
+                roll.wait_for_news()  # it may come of another's end, which says more
             traceback.print_exc()
             roll.end("It failed, for the reason above.", 1)
 

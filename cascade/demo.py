@@ -93,8 +93,16 @@ class Parts:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        self.rows, self.notes = kept.get("rows", {}), kept.get("notes", {})
+        self.rows, self.notes = {}, {}
+        if path.exists():
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                self.rows, self.notes = dict(kept["rows"]), dict(kept["notes"])
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{path} is damaged ({error}); remove it, and the times begin anew, or give "
+                    "another --workdir."
+                ) from error
 
     @contextlib.contextmanager
     def measured(self, name: str, anew: bool = False):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import click
 import pytest
@@ -290,21 +291,37 @@ def test_an_export_that_is_stopped_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_sigterm_isnt_lost_on_a_destructor_which_cant_raise():
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGTERM, 143, "Terminated."), (signal.SIGINT, 130, "Interrupted.")],
+)
+def test_a_signal_isnt_lost_on_destructors_which_cant_raise(number, code, said):
     class Dying:
         def __del__(self):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
     @click.command(cls=OneSentence)
     def end():
         Dying()
+        Dying()
         time.sleep(10)
-        pytest.fail("SIGTERM was dropped")
+        pytest.fail("the signal was dropped")
 
+    before = sys.unraisablehook, signal.getsignal(signal.SIGTERM)
+    keyboard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = CliRunner().invoke(end)
+    finally:
+        signal.signal(signal.SIGINT, keyboard)
+    assert result.exit_code == code and result.stderr.splitlines()[-1] == f"error: {said}"
+    assert (sys.unraisablehook, signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_thread_may_call_a_command():
     before = sys.unraisablehook
-    result = CliRunner().invoke(end)
-    assert result.exit_code == 143 and result.stderr.splitlines()[-1] == "error: Terminated."
-    assert sys.unraisablehook is before and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(run, "--help").result()
+    assert result.exit_code == 0 and sys.unraisablehook is before
 
 
 @pytest.mark.parametrize(

@@ -88,3 +88,10 @@ def test_steps_scale_with_minutes(minutes, tmp_path):
     loaded = demo.experiment("base", tmp_path, minutes)
     assert loaded.train.steps == max(round(full * minutes / 15), 2)
     assert loaded.train.learning_rate.warmup_steps < loaded.train.steps
+
+
+@pytest.mark.parametrize("written", ["{bad", "[]", '{"rows": 3, "notes": {}}'])
+def test_damaged_times_are_refused(tmp_path, written):
+    (tmp_path / "parts.json").write_text(written)
+    with pytest.raises(UserError, match=r"parts\.json is damaged .* remove it"):
+        demo.Parts(tmp_path / "parts.json")

@@ -26,7 +26,7 @@ def test_a_recipe_has_what_it_names(name):
         assert str(recipe.students[stage]) in [halving.name for halving in halvings(lesson)]
 
 
-def test_the_full_recipe_fits_half_an_hour_and_60_mb():
+def test_the_full_recipe_s_arithmetic_fits_half_an_hour_and_its_weights_60_mb():
     recipe = reproduce.RECIPES["full"]
     lessons = config.load_cascade([recipe.distill])
     parameters, flops = 0, 0.0
@@ -41,7 +41,7 @@ def test_the_full_recipe_fits_half_an_hour_and_60_mb():
         made = jax.eval_shape(Stage(each.config.stage).init, jax.random.key(0))
         parameters += sum(array.size for array in jax.tree.leaves(made))
     assert parameters * 2 < 60e6  # bytes, in bfloat16
-    # At an eighth of the peak; the rest is for data, compiling and the evaluation.
+    # At an eighth of the peak; the other half is for data, compiling and the evaluation.
     assert flops / (KINDS["NVIDIA H200"].flops / 8) < 15 * 60
 
 

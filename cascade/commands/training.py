@@ -44,7 +44,7 @@ def reproduce(what, workdir, recipe):
 
     A second run resumes what was interrupted and reuses what is done. The small recipe, that of the
     bundle in the package, takes some four and a half hours of a CPU core. The full one is sized for
-    half an hour of a GPU like NVIDIA's H200, and has not been run yet.
+    half an hour of a GPU like NVIDIA's H200, by arithmetic: it has not been run yet.
 
     Example: cascade reproduce emoji --workdir runs/emoji
     """

@@ -23,7 +23,8 @@ class Decoded:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._pictures = np.load(self.folder / "pictures.npy", mmap_mode="r")
+        # As a plain array over the mapping: slices of a memmap are many times slower to make.
+        self._pictures = np.asarray(np.load(self.folder / "pictures.npy", mmap_mode="r"))
         with open(self.folder / "records.json", encoding="utf-8") as file:
             self._records = json.load(file)
         self.fingerprint = self.folder.name

@@ -168,7 +168,9 @@ def run(
                 break
     if step == settings.steps:
         finish(workdir, step)
-    if stop:  # even so: what would have followed, another stage or student, doesn't begin
+    # Asked once more, for the last save takes its time. After the last step too: what would have
+    # followed, another stage or student, doesn't begin.
+    if stop or asked_to_stop(step):
         raise Stopped(f"Stopped at step {step}, saved; the same command goes on.")
     return state
 

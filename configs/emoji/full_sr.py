@@ -1,8 +1,9 @@
-"""The 64 → 256 stage above `full_base.py`, trained on 64² crops.
+"""The 64 → 256 stage above `full_base.py`, trained on 128² crops.
 
 cascade train --config configs/emoji/full_sr.py --workdir runs/full_sr
 
-It has never been trained to its end, since no GPU was at hand.
+Of smaller crops the loader can't make as many as such a network can learn from on a GPU. It has
+never been trained to its end, since no GPU was at hand.
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The experiment; `arg` is "" or "smoke"."""
     config = small_sr.get_config()
     full_base.on_both_styles(config)
+    config.stage.crop_resolution, config.train.batch_size = 128, 64
     config.stage.network.update(
         patch=2, channels=48, channel_mults=(1, 2, 3), head_channels=48, norm_groups=8
     )

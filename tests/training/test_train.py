@@ -16,9 +16,9 @@ from cascade.errors import Stopped, UserError
 from cascade.text.bert import VENDORED
 from cascade.training import metrics
 from cascade.training import train as training
+from cascade.training.checkpoint import Checkpoints
 from cascade.training.export import bundle_runs
 from cascade.training.loop import write_config
-from cascade.training.observe import Observer
 from cascade.training.same_run import check_same
 from cascade.training.train import train
 
@@ -74,13 +74,13 @@ def test_a_finished_run_started_again_changes_nothing(run, remat):
     assert (run[0] / "metrics.jsonl").read_text() == before
 
 
-def test_sigterm_in_the_last_step_stops_what_would_follow(run, tmp_path, monkeypatch):
-    def after_step(observer, step, *given, go_on=Observer.after_step):
+def test_sigterm_in_the_last_save_stops_what_would_follow(run, tmp_path, monkeypatch):
+    def save(checkpoints, step, *given, go_on=Checkpoints.save):
         if step == 4:
             signal.raise_signal(signal.SIGTERM)
-        go_on(observer, step, *given)
+        go_on(checkpoints, step, *given)
 
-    monkeypatch.setattr(Observer, "after_step", after_step)
+    monkeypatch.setattr(Checkpoints, "save", save)
     with pytest.raises(Stopped, match="at step 4, saved"):
         train(run[1], tmp_path, progress=False)
     assert json.loads((tmp_path / "finished.json").read_text()) == {"step": 4}
