@@ -1,9 +1,9 @@
 """A 64×64 base stage that a GPU trains in minutes: all ideas by twemoji and openmoji, and scenes.
 
-A wider `small_base.py` in bfloat16, which folds squares of 2×2 pixels and sees drawings as often as
-scenes show them: 3,647 of the 13,647 pictures are drawings alone. Sized so that the arithmetic of
-`cascade reproduce emoji --recipe full` leaves half of half an hour of a GPU like NVIDIA's H200 for
-data, compiling and evaluation, and its weights stay below 60 MB; tests/test_reproduce.py counts. It
+A wider `small_base.py` in bfloat16 that folds squares of 2×2 pixels. Pictures come unweighted: of
+13,647, 3,647 are drawings alone, the others scenes. Sized so that the arithmetic of `cascade
+reproduce emoji --recipe full` leaves half of half an hour of a GPU like NVIDIA's H200 for data,
+compiling and evaluation, and that its weights stay below 60 MB; tests/test_reproduce.py counts. It
 has never been trained to its end, since no GPU was at hand.
 
     cascade data build emoji --out data/emoji
