@@ -3,17 +3,28 @@
 from ml_collections import ConfigDict
 
 
-def of(config: ConfigDict, *, teacher: str, steps: tuple[int, int], guidance: tuple):
+def of(
+    config: ConfigDict,
+    *,
+    teacher: str,
+    steps: tuple[int, int],
+    guidance: tuple,
+    updates: int = 50_000,
+    updates_last: int = 100_000,
+    peak: float = 1e-4,
+):
     """Turns a stage's own config into that of its distillation, in place.
 
-    The learning rate falls in a line to 0 within each halving, from 1e-4; 50,000 updates each, and
-    100,000 for 2 steps and for 1; no averaging, no dropout; truncated SNR as the weighting
-    (Salimans & Ho 2022, appendix F).
+    The learning rate falls in a line to 0 within each halving; no averaging, no dropout; truncated
+    SNR as the weighting, and the defaults (Salimans & Ho 2022, appendix F).
 
     Args:
       teacher: folder of a bundle, whose stage of the same size it is, or of a run.
       steps: from how many to how many; the first is a power of two times the last.
       guidance: the lowest and highest weight to fold in, or ().
+      updates: of each student.
+      updates_last: instead, of the students of 2 steps and of 1.
+      peak: the learning rate that each begins with.
     """
     stage, train = config.stage, config.train
     stage.weighting = {"name": "snr_truncated"}
@@ -26,12 +37,12 @@ def of(config: ConfigDict, *, teacher: str, steps: tuple[int, int], guidance: tu
     stage.sampling.threshold = {"name": "static"}
     if not guidance:
         stage.sampling.guidance = 1.0
-    train.steps = 50_000  # of each student
+    train.steps = updates
     train.learning_rate = {
         "name": "linear",
-        "peak": 1e-4,
+        "peak": peak,
         "warmup_steps": 0,
-        "decay_steps": 50_000,
+        "decay_steps": updates,
         "end": 0.0,
     }
     train.clip_norm = 1.0
@@ -41,7 +52,7 @@ def of(config: ConfigDict, *, teacher: str, steps: tuple[int, int], guidance: tu
         "teacher": teacher,
         "start_steps": steps[0],
         "end_steps": steps[1],
-        "updates_last": 100_000,  # of the students of 2 steps and of 1
+        "updates_last": updates_last,
         "guidance": guidance,
         # Of the guided teacher's pictures, before they are learnt from. High weights overshoot.
         "threshold": {"name": "static"},

@@ -28,9 +28,8 @@ from cascade.configs.cifar10 import base
 def get_config(arg: str = "") -> ConfigDict:
     """The distillation; `arg` is "" or "smoke" (seconds on a CPU, on synthetic data)."""
     config = base.get_config(arg)
-    distillation.of(config, teacher="runs/cifar10", steps=(8192, 1), guidance=())
+    distillation.of(config, teacher="runs/cifar10", steps=(8192, 1), guidance=(), peak=5e-5)
     config.train.optimizer = {"name": "adam", "b1": 0.9, "b2": 0.999, "eps": 1e-8}
-    config.train.learning_rate.peak = 5e-5
     if arg == "smoke":
         distillation.shrink(config)
     return config

@@ -18,10 +18,15 @@ UPDATES = 40
 def get_config(arg: str = "") -> ConfigDict:
     """The distillation; `arg` is "" or "smoke" (seconds on a CPU, on synthetic data)."""
     config = small.get_config(arg)
-    distillation.of(config, teacher="runs/cifar10_small", steps=(16, 1), guidance=())
-    config.train.steps = config.train.learning_rate.decay_steps = UPDATES
-    config.train.learning_rate.peak = 3e-4
-    config.distill.updates_last = UPDATES
+    distillation.of(
+        config,
+        teacher="runs/cifar10_small",
+        steps=(16, 1),
+        guidance=(),
+        updates=UPDATES,
+        updates_last=UPDATES,
+        peak=3e-4,
+    )
     if arg == "smoke":
         distillation.shrink(config)
     return config

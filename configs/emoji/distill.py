@@ -24,11 +24,10 @@ STAGES = {"base": base64, "sr256": sr256}
 def get_config(arg: str = "") -> ConfigDict:
     """Both stages' distillations by name, or one's; `arg` as in `configs/imagen/cascade.py`."""
     name, variant, config = smoke.cascade(STAGES, arg)
-    distillation.of(config.base, teacher="my-bundle", steps=(64, 4), guidance=(1.0, 6.0))
-    distillation.of(config.sr256, teacher="my-bundle", steps=(32, 4), guidance=(1.0, 3.0))
+    alike = {"teacher": "my-bundle", "updates": 8_000}
+    distillation.of(config.base, steps=(64, 4), guidance=(1.0, 6.0), **alike)
+    distillation.of(config.sr256, steps=(32, 4), guidance=(1.0, 3.0), **alike)
     for each in config.values():
-        each.train.steps = each.train.learning_rate.decay_steps = 8_000
-        each.train.learning_rate.peak = 1e-4
         if variant == "smoke":
             distillation.shrink(each)
     return config[name] if name else config

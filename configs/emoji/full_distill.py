@@ -5,7 +5,7 @@
     cascade bundle --stages runs/full_base runs/full_sr --out full-bundle
     cascade distill --cascade --config configs/emoji/full_distill.py --workdir runs/full_few
 
-The last of four commands that `cascade reproduce emoji --recipe full` makes one; it has never been
+`cascade reproduce emoji --recipe full` is these and what follows in one command. It has never been
 run to its end, since no GPU was at hand. One stage alone is `configs/emoji/full_distill.py:base` or
 `:sr`, and `:smoke` shrinks either.
 """
@@ -21,12 +21,11 @@ STAGES = {"base": full_base, "sr": full_sr}
 def get_config(arg: str = "") -> ConfigDict:
     """Both stages' distillations by name, or one's; `arg` as in `configs/imagen/cascade.py`."""
     name, variant, config = smoke.cascade(STAGES, arg)
-    distillation.of(config.base, teacher="full-bundle", steps=(32, 8), guidance=(1.0, 4.0))
-    distillation.of(config.sr, teacher="full-bundle", steps=(16, 4), guidance=(1.0, 2.0))
+    alike = {"teacher": "full-bundle", "updates": 1_000, "peak": 2e-4}
+    distillation.of(config.base, steps=(32, 8), guidance=(1.0, 4.0), **alike)
+    distillation.of(config.sr, steps=(16, 4), guidance=(1.0, 2.0), **alike)
     for each in config.values():
         each.stage.weighting = {"name": "x"}  # as their teachers were trained
-        each.train.steps = each.train.learning_rate.decay_steps = 1_000
-        each.train.learning_rate.peak = 2e-4
         if variant == "smoke":
             distillation.shrink(each)
     return config[name] if name else config

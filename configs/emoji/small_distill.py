@@ -26,13 +26,11 @@ STAGES = {"base": small_base, "sr": small_sr}
 def get_config(arg: str = "") -> ConfigDict:
     """Both stages' distillations by name, or one's; `arg` as in `configs/imagen/cascade.py`."""
     name, variant, config = smoke.cascade(STAGES, arg)
-    distillation.of(config.base, teacher="small-bundle", steps=(64, 1), guidance=(1.0, 4.0))
-    distillation.of(config.sr, teacher="small-bundle", steps=(32, 1), guidance=(1.0, 2.0))
+    alike = {"teacher": "small-bundle", "updates": 300, "updates_last": 500, "peak": 3e-4}
+    distillation.of(config.base, steps=(64, 1), guidance=(1.0, 4.0), **alike)
+    distillation.of(config.sr, steps=(32, 1), guidance=(1.0, 2.0), **alike)
     for each in config.values():
         each.stage.weighting = {"name": "x"}  # as their teachers were trained
-        each.train.steps = each.train.learning_rate.decay_steps = 300
-        each.distill.updates_last = 500
-        each.train.learning_rate.peak = 3e-4
         if variant == "smoke":
             distillation.shrink(each)
     return config[name] if name else config
