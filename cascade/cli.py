@@ -41,35 +41,44 @@ def unwound_when_terminated():
     """Raises `Terminated` where SIGTERM finds the program; another can't stop the cleaning up.
 
     Python drops what is raised in a destructor or a weak reference's callback, of which jax has
-    many. So where that is what SIGTERM or Ctrl-C found, it is sent once more, `AGAIN` s later.
+    many. So where that is what SIGTERM or Ctrl-C found, it is sent once more, `AGAIN` s later;
+    never twice, nor after the end, where nobody would catch it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread can catch signals
         return
-    resent = None
+    main_thread = threading.get_ident()
+    again = None
 
     def stop(number, frame):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
     def dropped(unraisable):
-        nonlocal resent
+        nonlocal again
         if not isinstance(unraisable.exc_value, KeyboardInterrupt):
             return shown(unraisable)
-        number = signal.SIGINT
-        if isinstance(unraisable.exc_value, Terminated):
-            number = signal.SIGTERM
-            signal.signal(number, stop)
-        resent = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
-        resent.start()
+        terminated = isinstance(unraisable.exc_value, Terminated)
+        number = signal.SIGTERM if terminated else signal.SIGINT
+        while True:  # what is raised in here is dropped too
+            with contextlib.suppress(KeyboardInterrupt):
+                if again is not None:
+                    again.cancel()
+                if terminated:
+                    signal.signal(number, stop)
+                again = threading.Timer(AGAIN, signal.pthread_kill, (main_thread, number))
+                again.start()
+                return
 
     shown, sys.unraisablehook = sys.unraisablehook, dropped
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        if resent is not None:
-            resent.cancel()
+        with contextlib.suppress(KeyboardInterrupt):
+            if again is not None:
+                again.cancel()
+                again.join()  # it may be sending; that ends in here, or before
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         if sys.unraisablehook is dropped:  # else another's, which may call ours
             sys.unraisablehook = shown
