@@ -65,13 +65,12 @@ print("shared")
 """
 
 
-def joining(count, told=lambda index: {}, wait=20):
+def joining(count, told=lambda index: {}):
     """What starts `count` processes; process i is told `told(i)`."""
     place = cluster(count)
 
     def environment(index):
-        waiting = {"CASCADE_WAIT_SECONDS": str(wait), "TOLD": json.dumps(told(index))}
-        return {**place(index), **waiting}
+        return {**place(index), "TOLD": json.dumps(told(index))}
 
     return dict(commands=[["-c", COMMAND]] * count, environment=environment)
 
