@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+import sys
 import tempfile
 
 import hypothesis
@@ -23,6 +24,14 @@ if not IS_WORKER:
 # The first example of a property may compile; speed lives in bench/, not in tests.
 hypothesis.settings.register_profile("cascade", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("cascade")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgets():
+    """What a file compiled goes with it: all files' together would fill 6 GB a worker."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture
