@@ -16,6 +16,7 @@ from cascade.text.interface import checked_text
 
 MOST = {"steps": 100_000, "guidance": 10_000}  # magnitudes; far beyond what is of use
 MAX_SIDE = 16_384  # of the last stage's picture, pixels
+MAX_BATCH = 65_536  # pictures
 
 
 def checked_prompts(prompt: str | Between | Sequence[str | Between]) -> list[str | Between]:

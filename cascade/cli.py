@@ -9,8 +9,6 @@ import logging
 import os
 import pathlib
 import signal
-import sys
-import threading
 import traceback
 
 import click
@@ -28,60 +26,9 @@ from cascade.commands import (
 from cascade.errors import Stopped, UserError
 from cascade.parallel import roll
 from cascade.parallel.environments import has_tpu
+from cascade.signals import Unwinding
 
-AGAIN = 0.02  # seconds
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which schedulers send: it unwinds as Ctrl-C does, so nothing stays half-written."""
-
-
-@contextlib.contextmanager
-def unwound_when_terminated():
-    """Raises `Terminated` where SIGTERM finds the program; another can't stop the cleaning up.
-
-    Python drops what is raised in a destructor or a weak reference's callback, of which jax has
-    many. So where that is what SIGTERM or Ctrl-C found, it is sent once more, `AGAIN` s later;
-    never twice, nor after the end, where nobody would catch it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread can catch signals
-        return
-    main_thread = threading.get_ident()
-    again = None
-
-    def stop(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-
-    def dropped(unraisable):
-        nonlocal again
-        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
-            return shown(unraisable)
-        terminated = isinstance(unraisable.exc_value, Terminated)
-        number = signal.SIGTERM if terminated else signal.SIGINT
-        while True:  # what is raised in here is dropped too
-            with contextlib.suppress(KeyboardInterrupt):
-                if again is not None:
-                    again.cancel()
-                if terminated:
-                    signal.signal(number, stop)
-                again = threading.Timer(AGAIN, signal.pthread_kill, (main_thread, number))
-                again.start()
-                return
-
-    shown, sys.unraisablehook = sys.unraisablehook, dropped
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(KeyboardInterrupt):
-            if again is not None:
-                again.cancel()
-                again.join()  # it may be sending; that ends in here, or before
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-        if sys.unraisablehook is dropped:  # else another's, which may call ours
-            sys.unraisablehook = shown
+ENDS = {signal.SIGINT: "Interrupted.", signal.SIGTERM: "Terminated."}
 
 
 class OneSentence(click.Command):
@@ -89,8 +36,9 @@ class OneSentence(click.Command):
 
     def main(self, *args, standalone_mode: bool = True, **kwargs):
         """Runs a command; see `click.Command.main`."""
+        signals = Unwinding()
         try:
-            with unwound_when_terminated():
+            with signals:
                 return super().main(*args, standalone_mode=False, **kwargs)
         except Stopped as stop:
             roll.close_bars()
@@ -101,18 +49,25 @@ class OneSentence(click.Command):
         except click.ClickException as error:
             roll.end(" ".join(error.format_message().split()), 2)
         except (click.Abort, KeyboardInterrupt) as error:
-            # click hides what it was, but keeps it as the cause; the codes are the shell's own.
-            cause = error.__cause__ or error
-            terminated = isinstance(cause, Terminated)
-            code = 128 + (signal.SIGTERM if terminated else signal.SIGINT)
-            roll.end(str(cause) or ("Terminated." if terminated else "Interrupted."), code)
-        except Exception:
+            # click hides what it was, but keeps it as the cause.
+            _end_by_signal(signals.asked or signal.SIGINT, str(error.__cause__ or error))
+        except Exception as error:
+            if signals.asked is not None:  # C code or a library made this of it
+                _end_by_signal(signals.asked)
+            if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
+                what = str(error).partition("\n")[0]
+                roll.end(f"There isn't enough memory; ask for less at once. {what}".rstrip(), 2)
             if roll.current is None:
                 raise
             with contextlib.suppress(KeyboardInterrupt):
                 roll.wait_for_news()  # it may come of another's end, which says more
             traceback.print_exc()
             roll.end("It failed, for the reason above.", 1)
+
+
+def _end_by_signal(number: int, sentence: str = ""):
+    """Ends with the code that a shell gives a signal."""
+    roll.end(sentence or ENDS[number], 128 + number)
 
 
 class Jobs(OneSentence, click.Group):

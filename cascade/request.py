@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from cascade.arguments import whole
+from cascade.arguments import MAX_BATCH, whole
 from cascade.parallel.mesh import batch_shares
 from cascade.text.between import Between
 from cascade.text.interface import TextEncoder, checked_text
@@ -58,7 +58,7 @@ def request(
     """
     whole("seed", seed, 0, 2**32 - 1)
     whole("first_index", first_index, 0, 2**32 - count)
-    batch_size = whole("batch_size", batch_size, 1)
+    batch_size = whole("batch_size", batch_size, 1, MAX_BATCH)
     shares = batch_shares(mesh)
     rows = math.ceil((batch_size if count > 1 else 1) / shares) * shares
     null = _led_away_from(encoder, negative_prompt)

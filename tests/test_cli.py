@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from click.testing import CliRunner
@@ -48,7 +47,8 @@ def bundle(tmp_path_factory):
 
 COMMANDS = [
     "", "demo", "data", "data build", "data cifar10", "embed", "train", "describe", "bundle",
-    "sample", "upscale", "evaluate", "import", "import deepfloyd", "export", "plan", "tune-steps",
+    "distill", "sample", "upscale", "evaluate", "reproduce", "import", "import deepfloyd", "export",
+    "plan", "tune-steps",
 ]  # fmt: skip
 
 
@@ -287,63 +287,6 @@ def test_an_export_that_is_stopped_leaves_nothing(
         signal.signal(signal.SIGINT, keyboard)
     assert result.exit_code == code and f"error: {said}" in result.stderr.splitlines()
     assert not list(tmp_path.iterdir())
-
-
-DROPPED = """
-import signal, sys, time
-import click
-from click.testing import CliRunner
-from cascade.cli import AGAIN, OneSentence
-
-number, rounds = signal.Signals[sys.argv[1]], int(sys.argv[2])
-signal.signal(signal.SIGINT, signal.default_int_handler)  # some shells start with it ignored
-before = sys.unraisablehook, signal.getsignal(signal.SIGTERM)
-
-class Dying:
-    def __init__(self, last_words):
-        self.last_words = last_words
-    def __del__(self):
-        self.last_words()
-
-def send():
-    signal.raise_signal(number)
-
-@click.command(cls=OneSentence)
-def twice():
-    Dying(send)
-    Dying(lambda: time.sleep(60))  # until it comes again, and is dropped again
-    time.sleep(60)
-
-@click.command(cls=OneSentence)
-def end_as_it_comes():
-    Dying(send)
-    Dying(send)
-    time.sleep(AGAIN)
-
-for _ in range(rounds):
-    result = CliRunner().invoke(end_as_it_comes)
-    assert result.exit_code in (0, 128 + number), result
-time.sleep(3 * AGAIN)  # nothing comes late
-assert (sys.unraisablehook, signal.getsignal(signal.SIGTERM)) == before
-twice([])
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "code", "said"), [("SIGTERM", 143, "Terminated."), ("SIGINT", 130, "Interrupted.")]
-)
-def test_a_signal_isnt_lost_on_destructors_which_cant_raise(name, code, said):
-    done = subprocess.run(
-        [sys.executable, "-c", DROPPED, name, "50"], check=False, capture_output=True, text=True
-    )
-    assert done.returncode == code and done.stderr.strip() == f"error: {said}"
-
-
-def test_a_thread_may_call_a_command():
-    before = sys.unraisablehook
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(run, "--help").result()
-    assert result.exit_code == 0 and sys.unraisablehook is before
 
 
 @pytest.mark.parametrize(

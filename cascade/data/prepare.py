@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cascade.data.record_files import to_example, write_file
 from cascade.errors import UserError
 
-SMALLEST = 16
+SMALLEST, LARGEST = 16, 4096  # sides of pictures
 SHARD_SIZE = 4096  # records to a file
 
 
@@ -57,8 +57,10 @@ def build_emoji(
         settings = settings._replace(resolution=resolution)
     if scenes is not None:
         settings = settings._replace(scenes=scenes)
-    if settings.resolution < SMALLEST:
-        raise UserError(f"The resolution is {settings.resolution}; give at least {SMALLEST}.")
+    if not SMALLEST <= settings.resolution <= LARGEST:
+        raise UserError(
+            f"The resolution is {settings.resolution}; give {SMALLEST} to {LARGEST} pixels a side."
+        )
     if settings.scenes < 0 or settings.seed < 0:
         raise UserError("The number of scenes and the seed must not be negative.")
     if processes is None:
@@ -86,7 +88,9 @@ def build_emoji(
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
     except OSError as error:
-        raise UserError(f"Cannot write to {out}: {error}; choose another --out.") from error
+        raise UserError(
+            f"Cannot write to {Path(out).absolute()} ({error.strerror}); choose another folder."
+        ) from error
     return folder
 
 
@@ -97,7 +101,7 @@ def _check_same(folder: Path, settings):
     differ = [f"{k} {built[k]} instead of {asked[k]}" for k in asked if built[k] != asked[k]]
     if differ:
         raise UserError(
-            f"{folder} was built with {', '.join(differ)}; choose another --out or remove it."
+            f"{folder} was built with {', '.join(differ)}; choose another folder or remove it."
         )
 
 

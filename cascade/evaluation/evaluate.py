@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cascade.arguments import enlarging, whole
+from cascade.arguments import MAX_BATCH, enlarging, whole
 from cascade.errors import UserError
 from cascade.evaluation import drawn, pictures, scores
 from cascade.evaluation.job import LEAST, Against, Job, first_caption
@@ -69,7 +69,7 @@ def score_drawings(
         before anything is drawn.
     """
     if batch_size is not None:
-        whole("--batch-size", batch_size, 1)
+        whole("--batch-size", batch_size, 1, MAX_BATCH)
     job = Job(against, num)
     artist = drawn.Artist(text_weights, job.mesh)
     # Backwards, so that the first is held.

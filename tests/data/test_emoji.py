@@ -292,7 +292,7 @@ assert "tensorflow" not in sys.modules and "jax" not in sys.modules
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"variant": "tiny"}, {"resolution": 4}, {"scenes": -1}, {"seed": -1}],
+    [{"variant": "tiny"}, {"resolution": 4}, {"resolution": 10**8}, {"scenes": -1}, {"seed": -1}],
 )
 def test_bad_arguments(tmp_path, arguments):
     with pytest.raises(UserError):
