@@ -26,7 +26,7 @@ from cascade.commands import (
 from cascade.errors import Stopped, UserError
 from cascade.parallel import roll
 from cascade.parallel.environments import has_tpu
-from cascade.signals import Unwinding
+from cascade.signals import Unwinding, interrupt_in
 
 ENDS = {signal.SIGINT: "Interrupted.", signal.SIGTERM: "Terminated."}
 
@@ -44,30 +44,28 @@ class OneSentence(click.Command):
             roll.close_bars()
             if roll.is_first():
                 click.echo(stop)
-        except UserError as error:
-            roll.end(str(error), 2)
-        except click.ClickException as error:
-            roll.end(" ".join(error.format_message().split()), 2)
-        except (click.Abort, KeyboardInterrupt) as error:
-            # click hides what it was, but keeps it as the cause.
-            _end_by_signal(signals.asked or signal.SIGINT, str(error.__cause__ or error))
-        except Exception as error:
-            if signals.asked is not None:  # C code or a library made this of it
-                _end_by_signal(signals.asked)
-            if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
+        except (Exception, KeyboardInterrupt) as error:
+            interrupt = interrupt_in(error)
+            expected = isinstance(error, UserError | click.ClickException)
+            # C code makes another error of it, and keeps no cause.
+            made = signals.asked is not None and not expected
+            if isinstance(error, click.Abort) or interrupt is not None or made:
+                number = signals.asked or signal.SIGINT
+                roll.end(str(interrupt or "") or ENDS[number], 128 + number)  # a shell's codes
+            elif isinstance(error, UserError):
+                roll.end(str(error), 2)
+            elif expected:
+                roll.end(" ".join(error.format_message().split()), 2)
+            elif isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
                 what = str(error).partition("\n")[0]
                 roll.end(f"There isn't enough memory; ask for less at once. {what}".rstrip(), 2)
-            if roll.current is None:
+            elif roll.current is None:
                 raise
-            with contextlib.suppress(KeyboardInterrupt):
-                roll.wait_for_news()  # it may come of another's end, which says more
-            traceback.print_exc()
-            roll.end("It failed, for the reason above.", 1)
-
-
-def _end_by_signal(number: int, sentence: str = ""):
-    """Ends with the code that a shell gives a signal."""
-    roll.end(sentence or ENDS[number], 128 + number)
+            else:
+                with contextlib.suppress(KeyboardInterrupt):
+                    roll.wait_for_news()  # it may come of another's end, which says more
+                traceback.print_exc()
+                roll.end("It failed, for the reason above.", 1)
 
 
 class Jobs(OneSentence, click.Group):

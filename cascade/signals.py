@@ -18,8 +18,9 @@ class Unwinding:
     """Inside `with`, SIGTERM and Ctrl-C raise `Unwound`; while one unwinds, SIGTERM is ignored.
 
     What is raised may get lost: in a destructor, in C code that clears errors, or in a library's
-    bare `except:`. It is freed then, and the signal is sent again, `AGAIN` s later. Nor is anything
-    raised in the middle of an import, which C extensions needn't survive; it is once that ended.
+    bare `except:`. It is freed then, unless somebody keeps it, and the signal is sent again `AGAIN`
+    s later. Nor is anything raised in the middle of an import, which C extensions needn't survive;
+    it is once that ended. SIGALRM serves for that, from the first signal on.
 
     On other threads than the main one nothing is caught: Python hears of no signals there.
 
@@ -34,44 +35,65 @@ class Unwinding:
         self._before = {}  # signal -> its handler
 
     def __enter__(self) -> "Unwinding":
-        if threading.current_thread() is threading.main_thread():
-            self._open = True
-            self._imports = _imports(sys._getframe())
-            numbers = [signal.SIGALRM, signal.SIGTERM]
-            # A shell starts what runs in the background with Ctrl-C ignored, and others catch it.
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                numbers.append(signal.SIGINT)
-            for number in numbers:
-                self._before[number] = signal.getsignal(number) or signal.SIG_DFL
-                signal.signal(number, self._caught)
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._imports = _imports(sys._getframe())
+        self._shown, sys.unraisablehook = sys.unraisablehook, self._lost
+        self._catch(signal.SIGTERM)
+        # A shell starts what runs in the background with Ctrl-C ignored, and others catch it.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._catch(signal.SIGINT)
+        self._open = True
+        if self.asked is not None:
+            signal.raise_signal(self.asked)
         return self
 
     def __exit__(self, *_):
         self._open = False
         self._raised = None  # it may be freed from here on
-        if self._before:
+        if signal.SIGALRM in self._before:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if sys.unraisablehook == self._lost:  # else another's, which may call it
+            sys.unraisablehook = self._shown
+
+    def _catch(self, number: int):
+        self._before[number] = signal.getsignal(number) or signal.SIG_DFL
+        signal.signal(number, self._caught)
+
+    def _lost(self, unraisable):
+        if not isinstance(unraisable.exc_value, Unwound):
+            self._shown(unraisable)
 
     def _caught(self, number: int, frame: FrameType | None):
-        if not self._open:
-            return
-        if number == signal.SIGALRM:  # again, to whoever catches it now
-            signal.raise_signal(self.asked)
+        unwinds = self._raised is not None and self._raised() is not None
+        if number == signal.SIGALRM:
+            if self._open and not unwinds:
+                signal.raise_signal(self.asked)  # to whoever catches it now
             return
         self.asked = number
-        if number == signal.SIGTERM and self._raised is not None and self._raised() is not None:
+        if not self._open or (unwinds and number == signal.SIGTERM):
             return
+        if signal.SIGALRM not in self._before:
+            self._catch(signal.SIGALRM)
         if _imports(frame) > self._imports:
             _alarm()
             return
+        signal.setitimer(signal.ITIMER_REAL, 0)
         error = Unwound()
         self._raised = weakref.ref(error, _alarm)
         try:
             raise error
         finally:
             del error  # else its own traceback would keep it
+
+
+def interrupt_in(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interrupt that an error is, or was made of: libraries wrap what they don't know."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _alarm(_=None):

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from cascade.errors import UserError
 from cascade.parallel.mesh import first_failing
+from cascade.signals import interrupt_in
 
 FORMAT_VERSION = 2
 AVERAGED = (1, 2)  # of 1 the averages are the same, and the data positions others
@@ -83,6 +84,8 @@ def everywhere(read):
     except UNDAMAGED:
         raise  # ends this process, and thereby the others
     except Exception as error:
+        if interrupt_in(error) is not None:
+            raise
         failure = error
     process = first_failing(failure is not None)
     if failure is None and process is not None:
@@ -257,6 +260,8 @@ class Checkpoints:
             except UNDAMAGED:
                 raise
             except Exception as error:  # Orbax raises that very class where data is missing
+                if interrupt_in(error) is not None:  # and where Ctrl-C finds it
+                    raise
                 damaged.append((step, error))
                 if step == min(self.manager.all_steps()):
                     raise UserError(

@@ -106,6 +106,22 @@ def test_all_damaged_is_one_sentence(tmp_path):
         Checkpoints(tmp_path).restore(abstract(a_state()))
 
 
+@pytest.mark.parametrize("steps", [(1,), (1, 2)])
+def test_an_interrupt_is_no_damage_even_as_orbax_wraps_it(tmp_path, monkeypatch, steps):
+    def interrupted(*_):
+        try:
+            raise KeyboardInterrupt
+        except BaseException as error:
+            raise Exception("while reading") from error
+
+    written(tmp_path, steps).close()
+    monkeypatch.setattr("cascade.training.checkpoint.check_sum", interrupted)
+    with pytest.raises(Exception, match="while reading") as raised:
+        Checkpoints(tmp_path).restore(abstract(a_state()))
+    assert isinstance(raised.value.__cause__, KeyboardInterrupt)
+    assert not (tmp_path / "checkpoints.broken").exists()
+
+
 def test_any_flipped_bit_changes_the_checksum():
     state = {"w": jnp.arange(7.0), "b": jnp.ones(3, jnp.bfloat16)}
     base = checksum(state)
