@@ -88,8 +88,9 @@ def build_emoji(
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
     except OSError as error:
+        why = error.strerror or error
         raise UserError(
-            f"Cannot write to {Path(out).absolute()} ({error.strerror}); choose another folder."
+            f"Cannot write to {Path(out).absolute()} ({why}); choose another folder."
         ) from error
     return folder
 
